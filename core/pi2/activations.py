@@ -14,7 +14,8 @@ def hidden(spec: FfnSpec, gate: F32 | None, up: F32) -> F32:
     """``act(gate) * up``, or ``act(up)`` without a gate; elementwise, any shape.  NaN stays NaN."""
     if gate is None:
         return activate(spec, up)
-    return activate(spec, gate) * (np.maximum(up, 0) if spec.up_relu else up)
+    product: F32 = activate(spec, gate) * (np.maximum(up, 0) if spec.up_relu else up)
+    return product
 
 
 def activate(spec: FfnSpec, x: F32) -> F32:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
@@ -235,7 +235,12 @@ class SupportsView(Protocol):
 def parse_options(cls: type, options: Mapping[str, str]) -> dict[str, Any]:
     """Texts -> arguments of ``cls.__init__``, by its annotations (int, float, bool, str)."""
     parameters = inspect.signature(cls).parameters
-    converters = {"int": int, "float": float, "bool": _parse_bool, "str": str}
+    converters: dict[str, Callable[[str], Any]] = {
+        "int": int,
+        "float": float,
+        "bool": _parse_bool,
+        "str": str,
+    }
     parsed: dict[str, Any] = {}
     for key, text in options.items():
         if key not in parameters:

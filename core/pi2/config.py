@@ -1,7 +1,7 @@
 """Settings from outside: the only reader of ``os.environ`` in the project.
 
-    PI2_PLUGINS   load only these plugins, by entry-point name, comma-separated ("" loads none)
-    PI2_MODEL     model to use when the command line names none
+PI2_PLUGINS   load only these plugins, by entry-point name, comma-separated ("" loads none)
+PI2_MODEL     model to use when the command line names none
 """
 
 from __future__ import annotations

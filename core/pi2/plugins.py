@@ -4,6 +4,9 @@ A ``Plugins`` object owns one registry, so tests build their own.  A plugin that
 out whole and listed in ``broken`` with its reason; it never takes the others down.
 """
 
+# mypy: disable-error-code="type-abstract"
+# (KINDS holds the abstract bases on purpose: they are compared with, never instantiated)
+
 from __future__ import annotations
 
 import difflib
@@ -90,9 +93,7 @@ class Plugins:
             self._manager.check_pending()
         except pluggy.PluginValidationError as e:
             self._forget(name)
-            raise PluginError(
-                f"{name}: {e}", hint=f"the hooks are {', '.join(sorted(_hooks()))}"
-            ) from None
+            raise PluginError(f"{name}: {e}", hint=f"the hooks are {', '.join(sorted(_hooks()))}") from None
         try:
             classes = {kind: self._collect(kind, name, plugin) for kind in KINDS}
             models = self._collect_models(name, plugin)

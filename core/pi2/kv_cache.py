@@ -1,0 +1,60 @@
+"""Keys and values of the tokens seen so far."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pi2.architecture import Architecture
+from pi2.errors import BudgetError
+from pi2.tensor import F32
+
+_FIRST = 256  # tokens of room to begin with; then it doubles
+
+
+class KvCache:
+    """Grows with the context, up to ``limit`` tokens.  Belongs to the fixed region of memory."""
+
+    def __init__(self, arch: Architecture, limit: int | None = None) -> None:
+        self.limit = min(limit or arch.max_context, arch.max_context)
+        self.length = 0
+        """Tokens that every layer has seen."""
+        self._arch = arch
+        self._room = 0
+        self._store: F32 = np.empty((arch.n_layers, 2, arch.n_kv_heads, 0, arch.head_dim), np.float32)
+        self.reserve(min(_FIRST, self.limit))
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._store.nbytes)
+
+    def reserve(self, length: int) -> None:
+        """Make room for ``length`` tokens in all.  Raises BudgetError beyond ``limit``."""
+        if length > self.limit:
+            raise BudgetError(
+                f"the text needs {length} tokens of context, there is room for {self.limit}",
+                hint="shorten the prompt or --max-tokens, or raise --context if the model allows it",
+            )
+        if length > self._room:
+            room = min(self.limit, max(length, 2 * self._room))
+            shape = (*self._store.shape[:3], room, self._arch.head_dim)
+            grown = np.zeros(shape, np.float32)
+            grown[:, :, :, : self.length] = self._store[:, :, :, : self.length]
+            self._store, self._room = grown, room
+
+    def append(self, layer: int, keys: F32, values: F32) -> tuple[F32, F32]:
+        """Write (kv_heads, n, head_dim) behind ``length``; return all keys and values of the layer.
+
+        ``length`` itself moves once a token's last layer is done: ``advance``.
+        """
+        end = self.length + keys.shape[1]
+        store = self._store[layer]
+        store[0, :, self.length : end] = keys
+        store[1, :, self.length : end] = values
+        return store[0, :, :end], store[1, :, :end]
+
+    def advance(self, n: int) -> None:
+        self.length += n
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens from ``length`` on."""
+        self.length = min(self.length, length)
