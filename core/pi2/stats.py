@@ -1,0 +1,90 @@
+"""What a generation did, as data; printing is the command line's business."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import pi2
+from pi2.decoder import FfnCount
+
+
+@dataclass(slots=True)
+class RunStats:
+    """Figures of one generation.  Times are seconds of wall clock; rates are tokens per second."""
+
+    prompt_tokens: int = 0
+    prefilled_tokens: int = 0
+    """Prompt tokens that were really computed: those in the KV cache already are not."""
+    prefill_s: float = 0.0
+    ttft_s: float | None = None
+    """Time to first token: from the call to the first sampled token, prefill included."""
+    token_times_s: list[float] = field(default_factory=list)
+    """One per decoded token after the first: forward pass and sampling, not the consumer's time."""
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    decode_ffn: FfnCount = field(default_factory=FfnCount)
+    stop_reason: str | None = None
+    """"eos", "stop" (a stop string), "length" (max_tokens), "context" (no room left)."""
+
+    @property
+    def prefill_tps(self) -> float | None:
+        return self.prefilled_tokens / self.prefill_s if self.prefill_s > 0 else None
+
+    @property
+    def decode_tps(self) -> float | None:
+        total = sum(self.token_times_s)
+        return len(self.token_times_s) / total if total > 0 else None
+
+    @property
+    def density(self) -> float | None:
+        """Share of (token, neuron) pairs of decoding whose activation was not zero."""
+        return self.decode_ffn.active / self.decode_ffn.total if self.decode_ffn.total else None
+
+    def latency(self) -> dict[str, float] | None:
+        """Mean and percentiles of ``token_times_s``."""
+        if not self.token_times_s:
+            return None
+        p50, p90, p99 = np.percentile(self.token_times_s, (50, 90, 99)).tolist()
+        return {"mean": float(np.mean(self.token_times_s)), "p50": p50, "p90": p90, "p99": p99}
+
+    def to_json(self, setup: dict[str, Any]) -> dict[str, Any]:
+        """The object of ``pi2 run --json``; ``setup`` is ``Engine.setup()``.
+
+        None where a figure does not apply: nothing was decoded, no budget was set, no plan was given.
+        """
+        return {
+            "text": self.text,
+            "tokens": self.tokens,
+            "stop_reason": self.stop_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "ttft_s": self.ttft_s,
+            "prefill_tps": self.prefill_tps,
+            "decode_tps": self.decode_tps,
+            "token_latency_s": self.latency(),
+            "rss_peak_bytes": rss_peak_bytes(),
+            "budget_bytes": None,
+            "density": self.density,
+            "hit_rate": None,
+            "bytes_read": None,
+            "io_wait_share": None,
+            "predicted_tps": None,
+            **setup,
+            "versions": versions(),
+        }
+
+
+def rss_peak_bytes() -> int:
+    """Largest resident set of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """What ran: interpreter, pi2, NumPy."""
+    return {"pi2": pi2.__version__, "python": platform.python_version(), "numpy": np.__version__}
