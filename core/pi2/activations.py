@@ -22,20 +22,24 @@ def activate(spec: FfnSpec, x: F32) -> F32:
     """The activation function alone, elementwise; float64 in gives float64 out."""
     if spec.activation == "relu":
         return np.maximum(x, 0)
+    y: F32
     if spec.activation == "relu2":
-        return np.square(np.maximum(x, 0))
-    if spec.activation == "silu":
-        return x * _sigmoid(x)
-    if spec.activation == "gelu_tanh":
+        y = np.square(np.maximum(x, 0))
+    elif spec.activation == "silu":
+        y = x * _sigmoid(x)
+    elif spec.activation == "gelu_tanh":
         inner = _SQRT_2_OVER_PI * (x + np.float32(0.044715) * x * x * x)
-        return np.float32(0.5) * x * (1 + np.tanh(inner))
-    return np.float32(0.5) * x * (1 + _erf(x * np.float32(0.7071067811865476)))
+        y = np.float32(0.5) * x * (1 + np.tanh(inner))
+    else:
+        y = np.float32(0.5) * x * (1 + _erf(x * np.float32(0.7071067811865476)))
+    return y
 
 
 def _sigmoid(x: F32) -> F32:
     """Without overflow at either end."""
     e = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1, e) / (1 + e)
+    y: F32 = np.where(x >= 0, 1, e) / (1 + e)
+    return y
 
 
 def _erf(x: F32) -> F32:

@@ -37,6 +37,4 @@ def find_model(wanted: str | None, plugins: Plugins) -> Path:
         raise FormatError(f"{wanted} is not a pi2 model: it has no {MANIFEST}", hint=hint)
     near = difflib.get_close_matches(wanted, models, n=1)
     known = f"installed models: {', '.join(models) or 'none'}"
-    raise Pi2Error(
-        f"there is no model {wanted!r}", hint=f"did you mean {near[0]!r}?" if near else known
-    )
+    raise Pi2Error(f"there is no model {wanted!r}", hint=f"did you mean {near[0]!r}?" if near else known)

@@ -69,6 +69,7 @@ class RunStats:
             "token_latency_s": self.latency(),
             "rss_peak_bytes": rss_peak_bytes(),
             "budget_bytes": None,
+            "policy": None,  # no neuron cache: all weights are resident
             "density": self.density,
             "hit_rate": None,
             "bytes_read": None,
