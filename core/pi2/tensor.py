@@ -97,7 +97,7 @@ def decode(data: U8, dtype: DType) -> F32:
     if dtype == "q8_0":
         values = np.ascontiguousarray(quants).view(np.int8).astype(np.float32)
     else:
-        blocks = quants.reshape(n, -1, BLOCK // 2)
+        blocks = quants.reshape(n, cols // BLOCK, BLOCK // 2)
         nibbles = np.concatenate((blocks & 15, blocks >> 4), axis=2)  # (n, blocks, 32)
         values = nibbles.astype(np.float32) - np.float32(8)
     values = values.reshape(n, cols // BLOCK, BLOCK)
