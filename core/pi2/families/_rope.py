@@ -47,6 +47,8 @@ def parse(keys: Keys, given: Mapping[str, Any], head_dim: int, max_context: int)
     if not 0 < share <= 1:
         raise FormatError(f"config.json: RoPE over {share} of a head cannot be")
     plain = Rope(theta=part.number("rope_theta"), dims=int(head_dim * share))
+    if plain.theta <= 1:
+        raise FormatError(f"config.json: rope_theta = {plain.theta} cannot be")
     if kind == "default":
         return plain
     if kind == "linear":

@@ -57,7 +57,8 @@ def _window(keys: Keys) -> dict[str, Any]:
     if period == 0:
         raise FormatError("config.json: sliding_window_pattern = 0 cannot be")
     local = [kind == "sliding_attention" for kind in kinds] or [(i + 1) % period > 0 for i in range(layers)]
-    if keys.value("sliding_window") is None or not any(local):
+    if not any(local):
+        keys.value("sliding_window")
         return {"window": None}
     return {"window": keys.integer("sliding_window"), "window_layers": tuple(local)}
 
