@@ -6,6 +6,7 @@ Families (``pi2.families``) translate foreign configurations into this; the engi
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -153,7 +154,7 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         assert isinstance(hint, type)
         return _build(hint, value, where)
     elif hint is float:
-        good = type(value) in (int, float) and abs(value) < float("inf")
+        good = type(value) in (int, float) and abs(value) <= sys.float_info.max  # also refuses NaN
     else:
         good = type(value) is hint
     if not good:

@@ -27,6 +27,7 @@ DTYPES: tuple[DType, ...] = get_args(DType)
 BLOCK = 32  # weights that share one scale, as in GGUF
 _BLOCK_BYTES = {"q8_0": BLOCK, "q4_0": BLOCK // 2}
 _SCALE_BYTES = 2
+_SMALLEST_INVERTIBLE = np.float32(3e-39)  # 1 / largest float32
 
 
 def row_bytes(dtype: DType, cols: int) -> int:
@@ -125,12 +126,18 @@ def join_row(quants: U8, scales: NDArray[np.float16]) -> U8:
     return np.concatenate((quants, tail), axis=1)
 
 
+def _inverse(scale: F32) -> F32:
+    """1 / scale; 0 where that is beyond float32, for then the scale is 0 as fp16 and so are the weights."""
+    return np.divide(1, scale, out=np.zeros_like(scale), where=np.abs(scale) > _SMALLEST_INVERTIBLE)
+
+
 def _quantise_q8(blocks: F32) -> tuple[U8, NDArray[np.float16]]:
     """GGUF's q8_0: scale = max|x| / 127, quants rounded half away from zero."""
     scale = np.abs(blocks).max(axis=2) / np.float32(127)
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-    scaled = blocks * inverse[:, :, None]
-    rounded = np.trunc(scaled + np.copysign(np.float32(0.5), scaled))
+    scaled = blocks * _inverse(scale)[:, :, None]
+    size = np.abs(scaled)
+    whole = np.floor(size)  # adding 0.5 would round 0.49999997 up
+    rounded = np.copysign(whole + (size - whole >= np.float32(0.5)), scaled)
     return rounded.astype(np.int8).view(np.uint8), scale.astype(np.float16)
 
 
@@ -138,8 +145,7 @@ def _quantise_q4(blocks: F32) -> tuple[U8, NDArray[np.float16]]:
     """GGUF's q4_0: the weight of largest magnitude becomes -8, quants rounded half up."""
     place = np.abs(blocks).argmax(axis=2)
     scale = np.take_along_axis(blocks, place[:, :, None], axis=2)[:, :, 0] / np.float32(-8)
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-    shifted = blocks * inverse[:, :, None] + np.float32(8.5)
+    shifted = blocks * _inverse(scale)[:, :, None] + np.float32(8.5)
     nibbles = np.minimum(15, shifted.astype(np.int8)).astype(np.uint8)
     half = BLOCK // 2
     return nibbles[:, :, :half] | (nibbles[:, :, half:] << 4), scale.astype(np.float16)

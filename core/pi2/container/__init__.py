@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from pi2.container.manifest import FileEntry, Manifest, read_manifest
 from pi2.container.reader import PiModel, open_model
+from pi2.container.writer import PartialModel, list_file
 
-__all__ = ["FileEntry", "Manifest", "PiModel", "open_model", "read_manifest"]
+__all__ = ["FileEntry", "Manifest", "PartialModel", "PiModel", "list_file", "open_model", "read_manifest"]

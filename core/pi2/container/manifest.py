@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -161,14 +161,16 @@ def read_member(directory: Path, name: str, max_bytes: int) -> bytes:
         return f.read(max_bytes)
 
 
-def describe_member(directory: Path, name: str) -> FileEntry:
-    """Size and checksum of a file of the model, by streaming it."""
+def describe_member(directory: Path, name: str, on_bytes: Callable[[int], None] | None = None) -> FileEntry:
+    """Size and checksum of a file of the model, by streaming it; ``on_bytes`` hears of each chunk's size."""
     digest = hashlib.sha256()
     member_size(directory, name)
     with (directory / name).open("rb", buffering=0) as f:
         size = os.fstat(f.fileno()).st_size
         while chunk := f.read(_CHUNK):
             digest.update(chunk)
+            if on_bytes is not None:
+                on_bytes(len(chunk))
     return FileEntry(size, digest.hexdigest())
 
 

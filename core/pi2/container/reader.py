@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from pi2 import inventory
 from pi2.api import StorageTier, SupportsView
 from pi2.architecture import Architecture
 from pi2.bundle import PAGE, BundleGeometry
+from pi2.container.layout import DENSE, NEURONS, neuron_tensors, stored_shape
 from pi2.container.manifest import (
     MANIFEST,
     Manifest,
@@ -21,13 +21,10 @@ from pi2.container.manifest import (
 )
 from pi2.container.safetensors_file import Entry, Header, parse_json, read_header
 from pi2.errors import FormatError, StorageError
-from pi2.tensor import DTYPES, F32, U8, DType, Tensor, row_bytes
+from pi2.tensor import DTYPES, F32, U8, DType, Tensor
 
-DENSE: Final = "dense.safetensors"
-NEURONS: Final = "neurons.safetensors"
 VERIFY_UP_TO = 1 << 30  # bytes that are checksummed on opening without being asked: about a second
 _SMALL = {"config.json": 1 << 20, "tokenizer.json": 1 << 28, "chat_template.jinja": 1 << 22}  # max bytes
-_STORED_AS = {"f32": "F32", "f16": "F16", "q8_0": "U8", "q4_0": "U8"}
 _HINT = "the model is incomplete or damaged: fetch or convert it again"
 
 
@@ -187,23 +184,6 @@ def _neurons_header(path: Path, manifest: Manifest, arch: Architecture) -> Heade
     return header
 
 
-def neuron_tensors(geometry: BundleGeometry, arch: Architecture) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Tensors of ``neurons.safetensors`` in order: name -> safetensors dtype and shape.
-
-    Where an FFN does not end at a page boundary, ``<name>.pad`` (bytes,) fills it up to the next,
-    since the format allows no holes.
-    """
-    align = max(PAGE, geometry.page)
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for layer in range(arch.n_layers):
-        name = inventory.ffn_name(layer)
-        tensors[name] = "U8", (arch.n_neurons, geometry.stride)
-        pad = -(arch.n_neurons * geometry.stride) % align
-        if pad:
-            tensors[f"{name}.pad"] = "U8", (pad,)
-    return tensors
-
-
 def _dense_header(path: Path, arch: Architecture) -> Header:
     # 16: the largest number of dense tensors that a layer can have, with room
     header = read_header(path / DENSE, _header_limit(16 * arch.n_layers, PAGE))
@@ -219,12 +199,6 @@ def _dense_header(path: Path, arch: Architecture) -> Header:
     for name, n in vectors.items():
         _check_entry(name, header.entries[name], ("F32", (n,)))
     return header
-
-
-def stored_shape(dtype: DType, rows: int, cols: int) -> tuple[str, tuple[int, ...]]:
-    """Safetensors dtype and shape of a dense matrix: quantised rows are bytes."""
-    stored = _STORED_AS[dtype]
-    return stored, (rows, row_bytes(dtype, cols) if stored == "U8" else cols)
 
 
 def _check_entry(name: str, entry: Entry, expected: tuple[str, tuple[int, ...]]) -> None:
