@@ -218,6 +218,11 @@ class ModelView(Protocol):
     architecture: Architecture
     path: Path
 
+    @property
+    def geometry(self) -> BundleGeometry:
+        """Where the weights lie in a bundle."""
+        ...
+
     def bundles(self, ffn: int) -> U8:
         """(neurons, stride) uint8, read-only."""
         ...

@@ -226,5 +226,5 @@ def _some_neuron_stays_on(case: FfnCase, x: F32) -> bool:
 
 
 def _pre(weights: F32, bias: F32 | None, x: F32) -> reference.F64:
-    dots = (weights.astype(np.float64) * x).sum(axis=1)
+    dots: reference.F64 = (weights.astype(np.float64) * x).sum(axis=1)
     return dots if bias is None else dots + bias

@@ -95,8 +95,8 @@ def _dots(weights: F32, bias: F32 | None, x: F32, tolerance: float) -> Expected:
 def _off(clipped: bool, dots: Expected) -> NDArray[np.bool_]:
     """Where the sum is certainly not positive and what follows makes zero of it; an exact zero does, too."""
     below = dots.values < -dots.bound if clipped else np.zeros(dots.values.shape, bool)
-    exactly_zero = (dots.values == 0) & (dots.bound == 0)
-    return below | exactly_zero
+    off: NDArray[np.bool_] = below | ((dots.values == 0) & (dots.bound == 0))
+    return off
 
 
 def _activate(spec: FfnSpec, pre: Expected, tolerance: float) -> tuple[F64, F64]:
