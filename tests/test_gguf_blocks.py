@@ -6,11 +6,21 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from pi2.formats.gguf_blocks import BLOCKS, decode_rows, exact_dtype, to_tensor, type_name
 
 # Places of the fp16 scales in a block; they must be finite, every other byte is free.
-SCALES = {2: [0], 3: [0, 2], 6: [0], 7: [0, 2], 8: [0], 10: [80, 82], 11: [108], 12: [0, 2], 13: [0, 2], 14: [208]}
+SCALES = {
+    2: [0],
+    3: [0, 2],
+    6: [0],
+    7: [0, 2],
+    8: [0],
+    10: [80, 82],
+    11: [108],
+    12: [0, 2],
+    13: [0, 2],
+    14: [208],
+}
 
 
 def random_rows(kind: int, rows: int, blocks: int, seed: int) -> np.ndarray:

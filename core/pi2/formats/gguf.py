@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,19 @@ from pi2.tensor import U8
 MAGIC = b"GGUF"
 POWERINFER_MAGIC = b"PWRI"
 _STRING, _ARRAY, _BOOL = 8, 9, 7
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
 # Far above any model in existence; they bound what Python objects a header can ask for.
 _MAX_PAIRS = _MAX_TENSORS = 1 << 16
 _MAX_STRINGS = 1 << 24
@@ -32,7 +44,7 @@ _MAX_NAME = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Strings(Sequence[str]):
+class Strings:
     """An array of strings, left where it lies in the file and decoded while it is iterated."""
 
     buffer: mmap.mmap
@@ -48,9 +60,6 @@ class Strings(Sequence[str]):
             (length,) = struct.unpack_from("<Q", self.buffer, at)
             at += 8 + length
             yield _decode(self.buffer[at - length : at])
-
-    def __getitem__(self, index: Any) -> Any:
-        return list(self)[index]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,10 @@ class GgufFile:
         start = -(-reader.at // alignment) * alignment
         self.tensors = _placed(directory, start, alignment, self._buffer, path)
 
+    @property
+    def size_bytes(self) -> int:
+        return len(self._buffer)
+
     def data(self, info: TensorInfo) -> U8:
         """The bytes of a tensor as (rows, bytes of a row) uint8, a read-only view of the file."""
         raw = np.frombuffer(self._buffer, np.uint8, info.nbytes, info.offset)
@@ -97,7 +110,7 @@ class GgufFile:
         magic = bytes(self._buffer[:4])
         if magic == POWERINFER_MAGIC:
             raise UnsupportedModel(
-                f"{self.path.name} is a PowerInfer GGUF: its own operators, predictors and neuron order are not read",
+                f"{self.path.name} is a PowerInfer GGUF; its operators, predictors and neuron order are not read",
                 hint="convert the original Hugging Face model instead",
             )
         if magic != MAGIC:
@@ -107,7 +120,7 @@ class GgufFile:
         if version not in (2, 3):
             big_endian = " (it is big-endian)" if version in (2 << 24, 3 << 24) else ""
             raise UnsupportedModel(
-                f"{self.path.name} is GGUF of version {version}{big_endian}; pi2 reads 2 and 3, little-endian",
+                f"{self.path.name} is GGUF of version {version}{big_endian}; little-endian 2 and 3 are read",
                 hint="convert the model again with a current converter",
             )
         n_tensors, n_pairs = reader.scalar("<Q"), reader.scalar("<Q")
@@ -186,7 +199,9 @@ class _Reader:
                 self.take(self.scalar("<Q", key), key)
             return Strings(self.buffer, begin, count)
         if kind not in _SCALARS:
-            raise FormatError(f"{self.path.name}: {key!r} is an array of elements of type {kind}, which pi2 does not read")
+            raise FormatError(
+                f"{self.path.name}: {key!r} is an array of elements of type {kind}, which pi2 does not read"
+            )
         form = "<u1" if kind == _BOOL else _SCALARS[kind]
         begin = self.take(count * np.dtype(form).itemsize, key)
         return np.frombuffer(self.buffer, form, count, begin)
@@ -229,7 +244,7 @@ def _placed(
             raise FormatError(f"{path.name}: the tensor {info.name!r} occurs twice")
         if info.nbytes == 0 or begin + info.nbytes > len(buffer):
             raise FormatError(
-                f"{path.name}: the tensor {info.name!r} of {info.nbytes} bytes does not lie inside of the file",
+                f"{path.name}: the tensor {info.name!r} of {info.nbytes} bytes is not inside of the file",
                 hint="download it again",
             )
         if info.offset % alignment or begin < end:

@@ -7,7 +7,7 @@ float32 operations, so that the values are the reference's to the last bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,14 +58,12 @@ def to_tensor(raw: U8, kind: int) -> Tensor:
 
     Plain floats are not copied; Q8_0 and Q4_0 rows keep every bit; other types are decoded to f32.
     """
-    weights, size = BLOCKS[kind]
-    rows, width = raw.shape
-    cols = width // size * weights
+    rows, cols = raw.shape[0], _cols(raw, kind)
     dtype = exact_dtype(kind)
     if dtype in ("f32", "f16"):
         return Tensor(raw, dtype, cols)
     if dtype is not None:
-        blocks = raw.reshape(rows, -1, size)
+        blocks = raw.reshape(rows, -1, BLOCKS[kind][1])
         quants = blocks[:, :, 2:].reshape(rows, -1)
         scales = np.ascontiguousarray(blocks[:, :, :2]).view(np.float16).reshape(rows, -1)
         return Tensor(join_row(quants, scales), dtype, cols)
@@ -73,19 +71,41 @@ def to_tensor(raw: U8, kind: int) -> Tensor:
 
 
 def decode_rows(raw: U8, kind: int) -> F32:
-    """(rows, bytes of a row) -> (rows, cols) float32.  Works through the rows in portions of about 1 MB,
-
-    so that what is allocated besides the result stays small.
-    """
-    weights, size = BLOCKS[kind]
-    rows, width = raw.shape
-    cols = width // size * weights
-    out = np.empty((rows, cols), np.float32)
-    step = max(1, (1 << 18) // cols)
-    for at in range(0, rows, step):
-        part = np.ascontiguousarray(raw[at : at + step])
-        out[at : at + step] = _DECODERS[kind](part.reshape(-1, size)).reshape(-1, cols)
+    """(rows, bytes of a row) -> (rows, cols) float32."""
+    out = np.empty((raw.shape[0], _cols(raw, kind)), np.float32)
+    for rows, values in _portions(raw, kind):
+        out[rows] = values
     return out
+
+
+def transpose(raw: U8, kind: int) -> Tensor:
+    """(rows, bytes of a row) -> the transposed matrix (cols, rows), as f16 if it was that, else as f32."""
+    cols = _cols(raw, kind)
+    if kind == F16_TYPE:
+        turned = np.ascontiguousarray(raw.view(np.uint16).T)
+        return Tensor(turned.view(np.uint8), "f16", raw.shape[0])
+    out = np.empty((cols, raw.shape[0]), np.float32)
+    for rows, values in _portions(raw, kind):
+        out[:, rows] = values.T
+    return Tensor(out.view(np.uint8), "f32", raw.shape[0])
+
+
+def _cols(raw: U8, kind: int) -> int:
+    weights, size = BLOCKS[kind]
+    return int(raw.shape[1]) // size * weights
+
+
+def _portions(raw: U8, kind: int) -> Iterator[tuple[slice, F32]]:
+    """Rows decoded about 1 MB at a time, so that what is allocated besides the result stays small.
+
+    Damaged scales may be infinite: the values are then what IEEE 754 says, without a warning.
+    """
+    cols = _cols(raw, kind)
+    step = max(1, (1 << 18) // cols)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for at in range(0, raw.shape[0], step):
+            part = np.ascontiguousarray(raw[at : at + step])
+            yield slice(at, at + step), _DECODERS[kind](part.reshape(-1, BLOCKS[kind][1])).reshape(-1, cols)
 
 
 def _half(raw: U8) -> F32:
