@@ -117,12 +117,12 @@ def encode(values: F32, dtype: DType) -> U8:
         return values.astype(np.float16).view(np.uint8).reshape(n, width)
     blocks = values.reshape(n, cols // BLOCK, BLOCK)
     quants, scales = _quantise_q8(blocks) if dtype == "q8_0" else _quantise_q4(blocks)
-    return join_row(quants.reshape(n, -1), scales)
+    return join_row(quants.reshape(n, cols // BLOCK * _BLOCK_BYTES[dtype]), scales)
 
 
 def join_row(quants: U8, scales: NDArray[np.float16]) -> U8:
     """Quants (n, bytes) and scales (n, blocks) -> rows of this module's layout."""
-    tail = np.ascontiguousarray(scales).view(np.uint8).reshape(scales.shape[0], -1)
+    tail = np.ascontiguousarray(scales).view(np.uint8).reshape(len(scales), _SCALE_BYTES * scales.shape[1])
     return np.concatenate((quants, tail), axis=1)
 
 
@@ -146,6 +146,6 @@ def _quantise_q4(blocks: F32) -> tuple[U8, NDArray[np.float16]]:
     place = np.abs(blocks).argmax(axis=2)
     scale = np.take_along_axis(blocks, place[:, :, None], axis=2)[:, :, 0] / np.float32(-8)
     shifted = blocks * _inverse(scale)[:, :, None] + np.float32(8.5)
-    nibbles = np.minimum(15, shifted.astype(np.int8)).astype(np.uint8)
+    nibbles: U8 = np.minimum(shifted, 15).astype(np.uint8)
     half = BLOCK // 2
-    return nibbles[:, :, :half] | (nibbles[:, :, half:] << 4), scale.astype(np.float16)
+    return nibbles[:, :, :half] | (nibbles[:, :, half:] << np.uint8(4)), scale.astype(np.float16)
