@@ -189,8 +189,8 @@ def _new_seed() -> int:
 def _ranked(ids: I64, scores: F64) -> I64:
     """``ids``, ascending, reordered by falling score; equals keep their order."""
     order = np.argsort(-scores[ids], kind="stable")
-    ranked: I64 = ids[order]
-    return ranked
+    result: I64 = ids[order]
+    return result
 
 
 def _largest(scores: F64, k: int) -> I64:
@@ -214,4 +214,5 @@ def _nucleus(ids: I64, scores: F64, weights: F64, top_p: float) -> I64:
     before = np.cumsum(weights[ranked]) - weights[ranked]
     inside = before < top_p * weights[ids].sum()
     inside[0] = True
-    return ranked[inside]
+    result: I64 = ranked[inside]
+    return result
