@@ -7,6 +7,7 @@ and greedy decoding gives the same tokens.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import warnings
 from collections.abc import Callable
@@ -90,6 +91,13 @@ def double_relu(model: Any) -> None:
         mlp.forward = lambda x, m=mlp: m.down_proj(torch.relu(m.gate_proj(x)) * torch.relu(m.up_proj(x)))
 
 
+def cap_attention(model: Any) -> None:
+    """transformers 5.23 reads Gemma 3's attn_logit_softcapping and forgets to pass it on."""
+    for layer in model.model.layers:
+        attn = layer.self_attn
+        attn.forward = functools.partial(attn.forward, softcap=attn.attn_logit_softcapping)
+
+
 @dataclass(frozen=True)
 class Case:
     family: str  # prefix of transformers' class names
@@ -127,8 +135,9 @@ CASES = {
                                    "attention_bias": True, "tie_word_embeddings": True}),
     "gemma3": Case("Gemma3", {"sliding_window": 12, "layer_types": LAYERS, "query_pre_attn_scalar": 24,
                               "tie_word_embeddings": True}),
-    "gemma3-softcaps": Case("Gemma3", {"sliding_window": 1, "attn_logit_softcapping": 2.0, "hidden_size": 80,
-                                       "final_logit_softcapping": 5.0, "num_hidden_layers": 7}),
+    "gemma3-softcaps": Case("Gemma3", {"sliding_window": 2, "attn_logit_softcapping": 2.0, "hidden_size": 80,
+                                       "final_logit_softcapping": 5.0, "num_hidden_layers": 7,
+                                       "query_pre_attn_scalar": 1}, model=cap_attention),
     "gemma3-linear-rope": Case("Gemma3", {
         "sliding_window": 20, "layer_types": LAYERS, "hidden_activation": "relu", "attention_bias": True,
         "rope_parameters": {"full_attention": {**LINEAR, "rope_theta": 1e6},

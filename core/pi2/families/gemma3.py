@@ -41,6 +41,7 @@ def configure(keys: Keys) -> Architecture:
         rope=everywhere,
         local_rope=local,
         attn_scale=scalar**-0.5,
+        # as documented; transformers 5.23 reads the key and forgets it, every released model has null
         attn_softcap=keys.positive_or_none("attn_logit_softcapping"),
         logit_softcap=keys.positive_or_none("final_logit_softcapping"),
         embed_scale=_embed_scale(keys),
