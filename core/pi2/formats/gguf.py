@@ -110,7 +110,7 @@ class GgufFile:
         magic = bytes(self._buffer[:4])
         if magic == POWERINFER_MAGIC:
             raise UnsupportedModel(
-                f"{self.path.name} is a PowerInfer GGUF; its operators, predictors and neuron order are not read",
+                f"{self.path.name} is a PowerInfer GGUF; its predictors and neuron order are not supported",
                 hint="convert the original Hugging Face model instead",
             )
         if magic != MAGIC:

@@ -62,7 +62,7 @@ class GgufFormat(ModelFormat):
         try:
             with path.open("rb") as file:
                 return file.read(4) in (MAGIC, POWERINFER_MAGIC)
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a NUL in the name
             return False
 
     def load(self, path: Path) -> GgufSource:

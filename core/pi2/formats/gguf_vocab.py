@@ -141,7 +141,7 @@ def _byte_level(meta: Metadata, tokens: list[str]) -> dict[str, Any]:
     if pre not in SPLITS:
         raise UnsupportedModel(
             f"{meta.file}: the pre-tokenizer {pre[:40]!r} is not known",
-            hint=f"convert the Hugging Face model, which has a tokenizer.json; known: {', '.join(sorted(SPLITS))}",
+            hint=f"convert the Hugging Face model instead; known here: {', '.join(sorted(SPLITS))}",
         )
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = []
