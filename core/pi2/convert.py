@@ -74,8 +74,10 @@ def _convert(
     vectors = {name: _vector(source, name, n) for name, n in inventory.dense_vectors(arch).items()}
     texts = _texts(source)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    _check_disk(destination, layout.nbytes + sum(map(len, texts.values())))
-    meter = _Meter(progress, 2 * layout.nbytes)  # everything is written, then read for its checksum
+    text_bytes = sum(map(len, texts.values()))
+    _check_disk(destination, layout.nbytes + text_bytes)
+    # Weights are written; then everything is read for its checksum.
+    meter = _Meter(progress, 2 * layout.nbytes + text_bytes)
     fingerprint = _fingerprint(source, layout, vectors, texts)
     manifest = Manifest(
         family=arch.family,
@@ -101,13 +103,15 @@ def _write_weights(
         for name, values in vectors.items():
             partial.write(DENSE, dense[name].offset, values.view(np.uint8))
         partial.mark("vectors", DENSE)
+    ffns = [inventory.ffn_name(layer) for layer in range(source.architecture.n_layers)]
+    large = sum(dense[n].nbytes for n in layout.dtypes) + sum(neurons[n].nbytes for n in ffns)
+    meter.add("vectors", layout.nbytes - large)  # with headers and padding
     for name in layout.dtypes:
         if name not in partial.done:
             _write_matrix(partial, layout, source, name)
             partial.mark(name, DENSE)
         meter.add(name, dense[name].nbytes)
-    for layer in range(source.architecture.n_layers):
-        name = inventory.ffn_name(layer)
+    for layer, name in enumerate(ffns):
         if name not in partial.done:
             _write_ffn(partial, layout, source, layer)
             partial.mark(name, NEURONS)
@@ -135,7 +139,7 @@ class _Meter:
         self._progress, self._total, self._done = progress, total, 0
 
     def add(self, what: str, nbytes: int) -> None:
-        self._done = min(self._done + nbytes, self._total)
+        self._done += nbytes
         if self._progress is not None:
             self._progress(what, self._done, self._total)
 

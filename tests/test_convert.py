@@ -1,0 +1,369 @@
+"""Conversion: atomic, resumable, careful with the disk, and honest about what it could not keep."""
+
+import fcntl
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pi2
+import pytest
+from pi2.api import ModelFormat, ModelSource, Probe
+from pi2.builtin.mmap_tier import MmapTier
+from pi2.container import open_model, read_manifest
+from pi2.container.writer import JOURNAL
+from pi2.convert import QuantPlan, convert
+from pi2.errors import BudgetError, FormatError, Pi2Error, StorageError
+from pi2.formats import detect
+from pi2.tensor import Tensor
+from sources import RandomSource, tiny
+
+Q4 = QuantPlan.named("q4_0")
+PATHS = [str(Path(pi2.__file__).parent.parent), str(Path(__file__).parent)]
+# Converts in a process of its own; argument 2 is the step after which it kills itself, 3 the limit of a file.
+CHILD = f"""
+import os, resource, signal, sys
+from pathlib import Path
+sys.path[:0] = {PATHS!r}
+from sources import RandomSource, tiny
+from pi2.convert import QuantPlan, convert
+from pi2.errors import Pi2Error
+
+calls = 0
+def counted(real):
+    def call(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    return call
+for name in ("pwrite", "fsync", "open", "preadv"):
+    setattr(os, name, counted(getattr(os, name)))
+Path.rename, Path.unlink = counted(Path.rename), counted(Path.unlink)
+if len(sys.argv) > 3:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
+try:
+    convert(RandomSource(tiny()), Path(sys.argv[1]), QuantPlan.named("q4_0"))
+except Pi2Error as e:
+    sys.exit(f"{{type(e).__name__}}: {{e}} ({{e.hint}})")
+print(calls)
+"""
+
+
+def child(destination, stop=0, *limit):
+    command = [sys.executable, "-c", CHILD, str(destination), str(stop), *map(str, limit)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def contents(path):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.iterdir() if p.name != JOURNAL}
+
+
+class Counting(RandomSource):
+    """Remembers which matrices were asked for, and can fail at the n-th."""
+
+    def __init__(self, architecture, fail_at=None, error=KeyboardInterrupt, **kw):
+        super().__init__(architecture, **kw)
+        self.asked, self.fail_at, self.error = [], fail_at, error
+
+    def tensor(self, name):
+        if len(self.asked) == self.fail_at:
+            raise self.error
+        self.asked.append(name)
+        return super().tensor(name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return contents(convert(RandomSource(tiny()), tmp_path_factory.mktemp("whole") / "m", Q4))
+
+
+def test_conversion_killed_at_any_moment_leaves_nothing_or_a_whole_model(tmp_path, undisturbed):
+    done = child(tmp_path / "count")
+    assert done.returncode == 0, done.stderr
+    total = int(done.stdout)
+    moments = sorted(
+        set(np.random.default_rng(0).integers(1, total, 12).tolist()) | {1, total - 2, total - 1, total}
+    )
+    for moment in moments:
+        path = tmp_path / f"m{moment}"
+        assert child(path, moment).returncode == -signal.SIGKILL
+        if path.exists():
+            assert open_model(path, MmapTier(), verify=True).verified
+        else:
+            convert(RandomSource(tiny()), path, Q4)
+        assert contents(path) == undisturbed
+        assert not path.with_name(f"{path.name}.partial").exists()
+
+
+def test_a_run_killed_again_and_again_gets_there(tmp_path, undisturbed):
+    path, runs = tmp_path / "m", 0
+    while not path.exists():
+        runs += 1
+        assert runs < 100
+        child(path, 25)  # each run gets this far only because it does not repeat the finished steps
+    assert runs > 1
+    assert contents(path) == undisturbed
+
+
+def test_interrupting_keeps_what_is_done(tmp_path, undisturbed):
+    first = Counting(tiny(), fail_at=12)
+    with pytest.raises(KeyboardInterrupt):
+        convert(first, tmp_path / "m", Q4)
+    assert not (tmp_path / "m").exists()
+    second = Counting(tiny())
+    assert contents(convert(second, tmp_path / "m", Q4)) == undisturbed
+    repeated = set(first.asked) & set(second.asked)
+    assert {name.rpartition(".ffn.")[0] for name in repeated} <= {"layers.0"}  # the FFN that was begun
+
+
+@pytest.mark.parametrize("change", ["seed", "plan", "template"])
+def test_another_source_or_plan_starts_over(tmp_path, change):
+    with pytest.raises(KeyboardInterrupt):
+        convert(Counting(tiny(), fail_at=9), tmp_path / "m", Q4)
+    source = RandomSource(tiny(), seed=change == "seed", template="x" if change == "template" else None)
+    source.provenance = RandomSource(tiny()).provenance  # the weights alone tell them apart
+    plan = QuantPlan.named("q4_0", up="q8_0") if change == "plan" else Q4
+    assert contents(convert(source, tmp_path / "m", plan)) == contents(convert(source, tmp_path / "n", plan))
+
+
+def test_a_torn_or_damaged_journal_costs_no_correctness(tmp_path, undisturbed):
+    damages = (lambda b: b[:-5], lambda b: b"", lambda b: b"\xff\xfe\n" + b, lambda b: b[:30])
+    for i, damage in enumerate(damages):
+        path = tmp_path / f"m{i}"
+        with pytest.raises(KeyboardInterrupt):
+            convert(Counting(tiny(), fail_at=12), path, Q4)
+        journal = tmp_path / f"m{i}.partial" / JOURNAL
+        journal.write_bytes(damage(journal.read_bytes()))
+        assert contents(convert(RandomSource(tiny()), path, Q4)) == undisturbed
+
+
+def test_a_data_file_cut_between_runs_starts_over(tmp_path, undisturbed):
+    with pytest.raises(KeyboardInterrupt):
+        convert(Counting(tiny(), fail_at=12), tmp_path / "m", Q4)
+    with (tmp_path / "m.partial" / "dense.safetensors").open("r+b") as f:
+        f.truncate(5000)
+    assert contents(convert(RandomSource(tiny()), tmp_path / "m", Q4)) == undisturbed
+
+
+def test_an_existing_destination_is_kept_unless_told_otherwise(tmp_path):
+    path = convert(RandomSource(tiny()), tmp_path / "m", Q4)
+    before = contents(path)
+    with pytest.raises(FormatError, match="exists already") as caught:
+        convert(RandomSource(tiny(), seed=1), path, Q4)
+    assert "--force" in caught.value.hint
+    assert contents(path) == before
+    convert(RandomSource(tiny(), seed=1), path, Q4, overwrite=True)
+    assert contents(path) != before
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_replacing_refuses_directories_with_other_peoples_files(tmp_path):
+    (tmp_path / "home" / "photos").mkdir(parents=True)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "home")
+    for name, why in (("home", "photos"), ("file", "not a directory"), ("link", "not a directory")):
+        with pytest.raises(FormatError, match=why):
+            convert(RandomSource(tiny()), tmp_path / name, Q4, overwrite=True)
+    assert (tmp_path / "home" / "photos").exists()
+
+
+def test_foreign_files_in_the_partial_directory_are_not_removed(tmp_path):
+    (tmp_path / "m.partial").mkdir()
+    (tmp_path / "m.partial" / "thesis.tex").write_text("x")
+    with pytest.raises(FormatError, match=r"thesis\.tex"):
+        convert(RandomSource(tiny()), tmp_path / "m", Q4)
+    assert (tmp_path / "m.partial" / "thesis.tex").exists()
+
+
+def test_a_destination_that_appears_meanwhile_is_kept(tmp_path):
+    def intrude(what, done, total):
+        (tmp_path / "m").mkdir(exist_ok=True)
+
+    with pytest.raises(FormatError, match="exists already"):
+        convert(RandomSource(tiny()), tmp_path / "m", Q4, intrude)
+    assert not any((tmp_path / "m").iterdir())
+
+
+def test_a_leftover_of_an_earlier_replacement_goes_away(tmp_path):
+    path = convert(RandomSource(tiny()), tmp_path / "m", Q4)
+    convert(RandomSource(tiny()), tmp_path / "m.old", Q4)
+    convert(RandomSource(tiny(), seed=1), path, Q4, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_two_converters_at_one_destination_do_not_mix(tmp_path):
+    (tmp_path / "m.partial").mkdir()
+    fd = os.open(tmp_path / "m.partial", os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        with pytest.raises(StorageError, match="another conversion"):
+            convert(RandomSource(tiny()), tmp_path / "m", Q4)
+    finally:
+        os.close(fd)
+    convert(RandomSource(tiny()), tmp_path / "m", Q4)
+
+
+def test_a_full_disk_is_one_clear_error_and_the_next_run_continues(tmp_path, undisturbed):
+    result = child(tmp_path / "m", 0, 20_000)  # no file may grow beyond this
+    assert result.returncode == 1
+    assert result.stderr.startswith("StorageError: ")
+    assert "continues where it stopped" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert contents(convert(RandomSource(tiny()), tmp_path / "m", Q4)) == undisturbed
+
+
+def test_a_device_without_space_is_a_storage_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StorageError, match="No space left") as caught:
+        convert(RandomSource(tiny()), tmp_path / "m", Q4)
+    assert caught.value.path == tmp_path / "m.partial"
+
+
+def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(BudgetError, match="MB are needed"):
+        convert(RandomSource(tiny()), tmp_path / "m", Q4)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_destination_below_a_file_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StorageError):
+        convert(RandomSource(tiny()), tmp_path / "file" / "m", Q4)
+
+
+def test_a_partial_directory_that_is_a_link_is_refused(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "m.partial").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Pi2Error):
+        convert(RandomSource(tiny()), tmp_path / "m", Q4)
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_rows_that_cannot_be_quantised_become_f16_with_a_note(tmp_path):
+    arch = tiny(n_heads=1, n_kv_heads=1, head_dim=10, rope=None)
+    manifest = read_manifest(convert(RandomSource(arch), tmp_path / "m", Q4))
+    assert manifest.notes == (
+        "layers.*.attn.o.weight: rows of 10 weights cannot be stored as q4_0, so they are f16",
+    )
+    narrow = tiny(d_model=24, head_dim=6, rope=None)
+    notes = read_manifest(convert(RandomSource(narrow), tmp_path / "n", Q4)).notes
+    assert {note.partition(":")[0] for note in notes} >= {"embed.weight", "layers.*.ffn.gate.weight"}
+
+
+@pytest.mark.parametrize(("weight", "dtype"), [(65505, "f16"), (6e5, "q4_0"), (9e6, "q8_0"), (-1e38, "f16")])
+def test_weights_beyond_the_range_of_the_format_are_an_error(tmp_path, weight, dtype):
+    source = RandomSource(tiny())
+    source._values = lambda name, shape: np.full(shape, weight, np.float32)
+    with pytest.raises(FormatError, match=f"too large for {dtype}") as caught:
+        convert(source, tmp_path / "m", QuantPlan.named("f32", up=dtype))
+    assert "f32" in caught.value.hint
+    convert(source, tmp_path / "n", QuantPlan.named("f32"))
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_an_error(tmp_path, weight):
+    source = RandomSource(tiny())
+    source._values = lambda name, shape: np.full(shape, weight, np.float32)
+    with pytest.raises(FormatError, match="not finite"):
+        convert(source, tmp_path / "m", Q4)
+
+
+class Lying(RandomSource):
+    def tensor(self, name):
+        if name == "layers.1.ffn.up.weight":
+            return Tensor.from_f32(np.zeros((3, 64), np.float32))
+        return super().tensor(name)
+
+
+class LyingVector(RandomSource):
+    def vector(self, name):
+        return super().vector(name)[:-1]
+
+
+class BadText(RandomSource):
+    def chat_template(self):
+        return "\ud800"
+
+
+@pytest.mark.parametrize(
+    ("source", "why"), [(Lying, r"\(3, 64\)"), (LyingVector, r"\(63,\)"), (BadText, "Unicode")]
+)
+def test_a_source_that_contradicts_itself_is_an_error(tmp_path, source, why):
+    with pytest.raises(FormatError, match=why):
+        convert(source(tiny()), tmp_path / "m", Q4)
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_impossible_page_is_refused(tmp_path):
+    with pytest.raises(FormatError, match="geometry"):
+        convert(RandomSource(tiny()), tmp_path / "m", Q4, page=1000)
+
+
+def test_progress_rises_to_the_total(tmp_path):
+    seen = []
+    convert(RandomSource(tiny()), tmp_path / "m", Q4, lambda *step: seen.append(step))
+    names, done, totals = zip(*seen, strict=True)
+    assert list(done) == sorted(done)
+    assert len(set(totals)) == 1
+    assert done[-1] == totals[0]
+    assert {"embed.weight", "layers.1.ffn", "checksum of neurons.safetensors"} <= set(names)
+
+
+def test_memory_stays_near_one_tensor_and_a_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr("pi2.convert.CHUNK", 1 << 16)
+    arch = tiny(d_model=256, n_neurons=2048, head_dim=64, n_layers=3, rope=None)
+    largest = 4 * 256 * 2048
+    tracemalloc.start()
+    try:
+        convert(RandomSource(arch), tmp_path / "m", Q4)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.5 * largest + (3 << 20)  # the source makes its tensor from another one of that size
+
+
+class Fake(ModelFormat):
+    name, suffix = "fake", ".fake"
+
+    @classmethod
+    def probe(cls):
+        return Probe(10, "always")
+
+    @classmethod
+    def recognises(cls, path):
+        return path.suffix == cls.suffix
+
+    def load(self, path) -> ModelSource:
+        return RandomSource(tiny())
+
+
+class Rival(Fake):
+    name = "rival"
+
+
+class Other(Fake):
+    name, suffix = "other", ".other"
+
+
+def test_a_format_is_found_by_what_it_recognises(tmp_path):
+    (tmp_path / "x.fake").touch()
+    (tmp_path / "x.odd").touch()
+    assert detect(tmp_path / "x.fake", [Other, Fake]) is Fake
+    with pytest.raises(FormatError, match="no known model format") as caught:
+        detect(tmp_path / "x.odd", [Other, Fake])
+    assert caught.value.hint == "pi2 reads: fake, other"
+    with pytest.raises(FormatError, match="fake, rival"):
+        detect(tmp_path / "x.fake", [Rival, Fake])
+    with pytest.raises(FormatError, match="no such file"):
+        detect(tmp_path / "y.fake", [Fake])
