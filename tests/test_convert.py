@@ -305,6 +305,15 @@ def test_a_source_that_contradicts_itself_is_an_error(tmp_path, source, why):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize(("text", "why"), [("x" * 200_000, "too long"), ("\ud800", "YAML")])
+def test_provenance_that_no_manifest_can_hold_is_an_error_at_once(tmp_path, text, why):
+    source = Counting(tiny())
+    source.provenance = {"name": text}
+    with pytest.raises(FormatError, match=why):
+        convert(source, tmp_path / "m", Q4)
+    assert source.asked == []
+
+
 def test_an_impossible_page_is_refused(tmp_path):
     with pytest.raises(FormatError, match="geometry"):
         convert(RandomSource(tiny()), tmp_path / "m", Q4, page=1000)

@@ -17,7 +17,7 @@ from pi2 import inventory
 from pi2.api import ModelSource
 from pi2.bundle import PAGE
 from pi2.container.layout import DENSE, NEURONS, Layout, QuantPlan, plan_layout
-from pi2.container.manifest import VERSION, Manifest
+from pi2.container.manifest import VERSION, Manifest, check_writable
 from pi2.container.writer import (
     PartialModel,
     check_replaceable,
@@ -87,6 +87,7 @@ def _convert(
         files={},
         notes=(*source.notes, *layout.notes),
     )
+    check_writable(manifest)
     with PartialModel(destination, fingerprint, layout.files) as partial:
         _write_weights(partial, layout, source, vectors, meter)
         return partial.finish(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import stat
@@ -23,6 +24,7 @@ REQUIRED: Final = ("config.json", "tokenizer.json", "dense.safetensors", "neuron
 OPTIONAL: Final = ("chat_template.jinja", "predictors.safetensors", "statistics.safetensors", "plan.yaml")
 MAX_MANIFEST = 1 << 18  # bytes; a real one has 2 to 4 KiB
 _MAX_DEPTH = 8  # nesting of YAML collections; ours has 3
+_MAX_EVENTS = 1 << 13  # YAML scalars and brackets; ours has about 100
 _CHUNK = 1 << 20
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -57,8 +59,8 @@ class Manifest:
             "source": dict(self.source),
             "quantisation": dict(self.quantisation),
             "bundle": self.geometry.to_dict(),
-            "files": files,
             "notes": list(self.notes),
+            "files": files,  # last, so that a manifest that was cut lacks something
         }
         return str(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True))
 
@@ -97,16 +99,16 @@ class Manifest:
 
 
 def _parse_yaml(text: bytes) -> Any:
-    """Plain YAML: no aliases (they can expand without limit), little nesting."""
+    """Plain YAML of moderate size: no aliases (they can expand without limit), little nesting."""
     depth = 0
     try:
-        for event in yaml.parse(text, Loader=_Loader):
+        for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
             if isinstance(event, yaml.AliasEvent):
                 raise FormatError("YAML aliases are not allowed")
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
-            if depth > _MAX_DEPTH:
-                raise FormatError("YAML nested too deeply")
+            if depth > _MAX_DEPTH or count > _MAX_EVENTS:
+                raise FormatError("YAML nested too deeply or too long")
         return yaml.load(text, Loader=_Loader)  # a safe loader: plain values only
     except yaml.YAMLError as e:
         raise FormatError(f"not YAML: {' '.join(str(e).split())[:160]}") from None
@@ -141,6 +143,15 @@ def _files(raw: Any) -> dict[str, FileEntry]:
     return entries
 
 
+def check_writable(manifest: Manifest) -> None:
+    """Raise FormatError if a reader would refuse this manifest (before hours of conversion, not after)."""
+    entries = dict.fromkeys(REQUIRED, FileEntry(0, "0" * 64))
+    text = dataclasses.replace(manifest, files=entries).to_yaml().encode(errors="surrogatepass")
+    if len(text) > MAX_MANIFEST // 2:
+        raise FormatError(f"the provenance or the notes of the source are too long: {len(text)} bytes")
+    Manifest.from_yaml(text)
+
+
 def member_size(directory: Path, name: str) -> int:
     """Bytes of a file of the model.  Links, devices and the like are refused: FormatError."""
     try:
@@ -158,7 +169,7 @@ def read_member(directory: Path, name: str, max_bytes: int) -> bytes:
     if size > max_bytes:
         raise FormatError(f"{name} has {size} bytes, more than the {max_bytes} that it may have")
     with (directory / name).open("rb") as f:
-        return f.read(max_bytes)
+        return f.read(size)
 
 
 def describe_member(directory: Path, name: str, on_bytes: Callable[[int], None] | None = None) -> FileEntry:
