@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -125,9 +126,10 @@ def read_text(path: Path, max_bytes: int) -> str:
     if not path.is_file():
         raise FormatError(f"{path.name} is missing")
     with path.open("rb") as f:
-        content = f.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise FormatError(f"{path.name} has more than the {max_bytes} bytes that it may have")
+        size = os.fstat(f.fileno()).st_size
+        if size > max_bytes:
+            raise FormatError(f"{path.name} has {size} bytes, more than the {max_bytes} that it may have")
+        content = f.read(size)  # of no more: read() takes memory for all that it is asked for
     try:
         return content.decode()
     except UnicodeDecodeError:
