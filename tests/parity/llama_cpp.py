@@ -16,11 +16,11 @@ _F16, _F32 = 1, 0  # ggml_type
 
 
 class _Params(ctypes.Structure):
-    _fields_ = [("raw", ctypes.c_ubyte * _ROOM)]  # noqa: RUF012 # ctypes wants a list
+    _fields_ = [("raw", ctypes.c_ubyte * _ROOM)]  # ctypes wants a list
 
 
 class _Batch(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("n_tokens", ctypes.c_int32),
         ("token", ctypes.POINTER(ctypes.c_int32)),
         ("embd", ctypes.c_void_p),
