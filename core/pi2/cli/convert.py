@@ -1,0 +1,87 @@
+"""``pi2 convert``: a GGUF file or a Hugging Face directory becomes a pi2 model."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pi2.cli.options import installed_plugins, load_source
+from pi2.cli.output import human_bytes, say
+
+_FORMATS = "q4_0, q8_0, f16 or f32"
+_STEP = 0.1  # of the whole, between two plain progress lines
+
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="GGUF file, or directory with config.json.")]
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="Directory to make.")]
+Quant = Annotated[str, typer.Option("--quant", help=f"Format of the weights: {_FORMATS}.")]
+QuantEmbed = Annotated[str | None, typer.Option("--quant-embed", help="Of embedding and head, if different.")]
+QuantAttention = Annotated[str | None, typer.Option("--quant-attention", help="Of attention, if different.")]
+QuantDown = Annotated[str | None, typer.Option("--quant-down", help="Of down columns, if different.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace DST if it is a pi2 model.")]
+
+
+def command(
+    source: Source,
+    destination: Destination,
+    quant: Quant = "q8_0",
+    quant_embed: QuantEmbed = None,
+    quant_attention: QuantAttention = None,
+    quant_down: QuantDown = None,
+    force: Force = False,
+) -> None:
+    """Convert a model.
+
+    Memory stays at about one tensor. DST appears when it is complete; a conversion that was stopped
+    continues when it is run again.
+    """
+    from pi2.container import read_manifest
+    from pi2.container.layout import QuantPlan
+    from pi2.convert import convert
+
+    plan = QuantPlan.named(
+        quant, embed=quant_embed, head=quant_embed, attention=quant_attention, down=quant_down
+    )
+    model = load_source(source, installed_plugins())
+    start = time.perf_counter()
+    with progress_bar() as progress:
+        path = convert(model, destination, plan, progress, overwrite=force)
+    manifest = read_manifest(path)
+    total = sum(entry.nbytes for entry in manifest.files.values())
+    for note in manifest.notes:
+        say(f"note: {note}")
+    say(f"{path}: {human_bytes(total)} in {time.perf_counter() - start:.1f} s")
+    say(f'next: pi2 run --model {path} "Hello"')
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback (what, bytes done, bytes in all) that shows a bar on a terminal, else a few lines."""
+    if not sys.stderr.isatty():
+        yield _plain_lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:32.32}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def _plain_lines() -> Callable[[str, int, int], None]:
+    said = 0.0
+
+    def show(what: str, done: int, total: int) -> None:
+        nonlocal said
+        share = done / total if total else 1.0
+        if share >= min(1.0, said + _STEP):
+            said = share
+            say(f"{share:4.0%}  {human_bytes(done)} of {human_bytes(total)}  {what}")
+
+    return show

@@ -1,0 +1,118 @@
+"""Options that several commands share, each under its one name, and what they are turned into."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pi2.errors import OptionError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pi2.api import ModelSource
+    from pi2.engine import Engine
+    from pi2.plugins import Plugins
+
+_PART = "name, or name:key=value,key=value; without it the best that can run here"
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="Directory of a pi2 model, or name of an installed one [env: PI2_MODEL]."),
+]
+Backend = Annotated[str | None, typer.Option("--backend", help=f"What computes ({_PART}).")]
+Storage = Annotated[str | None, typer.Option("--storage", help=f"What reads the weights ({_PART}).")]
+Predictor = Annotated[str | None, typer.Option("--predictor", help=f"What names active neurons ({_PART}).")]
+Context = Annotated[
+    int | None,
+    typer.Option("--context", min=1, help="Tokens of the KV cache; without it the model's maximum."),
+]
+System = Annotated[str | None, typer.Option("--system", help="System message, before the conversation.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Tokens of an answer at most.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", help="0 takes the likeliest token; 0.7 to 1 is livelier.")
+]
+TopK = Annotated[int, typer.Option("--top-k", help="Sample from the K likeliest tokens; 0 is all.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest that sum to P.")]
+MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens below P times the likeliest.")]
+RepetitionPenalty = Annotated[
+    float, typer.Option("--repetition-penalty", help="Divide the logits of recent tokens; 1 is off.")
+]
+PresencePenalty = Annotated[
+    float, typer.Option("--presence-penalty", help="Subtract from the logits of recent tokens.")
+]
+FrequencyPenalty = Annotated[
+    float, typer.Option("--frequency-penalty", help="The same, for each time that they occurred.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Makes sampling repeatable.")]
+Greedy = Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text. Repeatable.")
+]
+LogitBias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--logit-bias", metavar="ID=V", help="Add V to a token's logit; -inf forbids it. Repeatable."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no figures.")]
+
+
+def parse_bias(items: list[str] | None) -> dict[int, float]:
+    """``["42=-1.5"]`` -> {42: -1.5}.  Raises OptionError."""
+    bias = {}
+    for item in items or []:
+        token, _, value = item.partition("=")
+        try:
+            bias[int(token)] = float(value)
+        except ValueError:
+            raise OptionError(f"--logit-bias takes ID=V, not {item!r}", hint="for example 42=-1.5") from None
+    return bias
+
+
+def choose_temperature(temperature: float, greedy: bool) -> float:
+    """Raises OptionError if both options are given and contradict each other."""
+    if greedy and temperature != 0:
+        raise OptionError(f"--greedy contradicts --temperature {temperature:g}", hint="leave one of them out")
+    return temperature
+
+
+def installed_plugins() -> Plugins:
+    """The plugins that the environment allows."""
+    from pi2.config import Settings
+    from pi2.plugins import Plugins
+
+    return Plugins.installed(Settings.from_environment())
+
+
+def load_source(path: Path, plugins: Plugins) -> ModelSource:
+    """A foreign model, opened by the importer that recognises it."""
+    from pi2.formats import detect
+
+    importers = plugins.of("model_formats").values()
+    source: ModelSource = detect(path, importers).open().load(path)  # type: ignore[arg-type]  # of that kind
+    return source
+
+
+def open_engine(
+    model: str | None,
+    *,
+    backend: str | None = None,
+    storage: str | None = None,
+    predictor: str | None = None,
+    context: int | None = None,
+) -> Engine:
+    """The engine that the options describe; without ``model`` the environment's choice."""
+    from pi2.config import Settings
+    from pi2.engine import Engine
+
+    return Engine.open(
+        model or Settings.from_environment().model,
+        backend=backend,
+        storage=storage,
+        predictor=predictor,
+        context=context,
+        plugins=installed_plugins(),
+    )

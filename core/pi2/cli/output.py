@@ -1,0 +1,76 @@
+"""What the commands print: errors, small tables, JSON."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from pi2.errors import Pi2Error
+
+if TYPE_CHECKING:
+    from pi2.stats import RunStats
+
+
+def print_error(error: Pi2Error) -> None:
+    """``error: what happened`` and ``hint: what to do``, on stderr."""
+    say(f"error: {error}")
+    if error.hint:
+        say(f"hint: {error.hint}")
+
+
+def say(line: str = "") -> None:
+    """A line for the user's eyes, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    import json
+
+    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def print_table(rows: Iterable[Sequence[str]], file: TextIO | None = None) -> None:
+    """Left-aligned columns; on stdout, unless ``file`` says otherwise."""
+    rows = [list(row) for row in rows]
+    widths = [max(map(len, column), default=0) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join(cells).rstrip(), file=file or sys.stdout)
+
+
+def human_bytes(n: int) -> str:
+    """Decimal units, as disks and data sheets have them."""
+    size = float(n)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} tokens/s"
+
+
+def print_run(stats: RunStats, setup: dict[str, Any]) -> None:
+    """The figures of a generation, on stderr."""
+    from pi2.stats import rss_peak_bytes
+
+    reasons = {"length": "stopped by --max-tokens", "context": "stopped: the context is full"}
+    ended = reasons.get(stats.stop_reason or "")
+    decoded = f"{len(stats.tokens)} tokens" + (f", {ended}" if ended else "")
+    ttft = "-" if stats.ttft_s is None else f"{stats.ttft_s:.2f} s"
+    density = "-" if stats.density is None else f"{stats.density:.1%}"
+    exactness = "as the dense model" if setup["lossless"] else "lossy: neurons may be missed"
+    rows = [
+        ("TTFT", ttft, f"prompt of {stats.prompt_tokens} tokens, {stats.prefilled_tokens} computed"),
+        ("prefill", _rate(stats.prefill_tps), ""),
+        ("decode", _rate(stats.decode_tps), decoded),
+        ("peak memory", human_bytes(rss_peak_bytes()), ""),
+        ("density", density, "of the FFN neurons active while decoding"),
+        ("parts", setup["backend"], f"storage {setup['storage']}, predictor {setup['predictor']}"),
+        ("lossless", "yes" if setup["lossless"] else "no", exactness),
+    ]
+    print_table(rows, sys.stderr)
