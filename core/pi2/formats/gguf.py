@@ -39,7 +39,7 @@ _SCALARS = {
 }
 # Far above any model in existence; they bound what Python objects a header can ask for.
 _MAX_PAIRS = _MAX_TENSORS = 1 << 16
-_MAX_STRINGS = 1 << 24
+_MAX_STRINGS = 1 << 22
 _MAX_NAME = 1 << 16
 
 
@@ -195,8 +195,7 @@ class _Reader:
             begin = self.at
             if count > _MAX_STRINGS:
                 raise FormatError(f"{self.path.name}: {key!r} with {count} strings cannot be")
-            for _ in range(count):
-                self.take(self.scalar("<Q", key), key)
+            self._skip_strings(count, key)
             return Strings(self.buffer, begin, count)
         if kind not in _SCALARS:
             raise FormatError(
@@ -205,6 +204,15 @@ class _Reader:
         form = "<u1" if kind == _BOOL else _SCALARS[kind]
         begin = self.take(count * np.dtype(form).itemsize, key)
         return np.frombuffer(self.buffer, form, count, begin)
+
+    def _skip_strings(self, count: int, key: str) -> None:
+        at, size, unpack = self.at, len(self.buffer), struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            if at + 8 > size:
+                at = size + 1  # refused by take
+                break
+            at += 8 + unpack(self.buffer, at)[0]
+        self.take(at - self.at, key)
 
 
 def _entry(reader: _Reader) -> TensorInfo:

@@ -145,7 +145,10 @@ def _byte_level(meta: Metadata, tokens: list[str]) -> dict[str, Any]:
         )
     vocab = {token: i for i, token in enumerate(tokens)}
     merges = []
-    for merge in meta.strings(f"{_KEY}merges"):
+    stored = meta.strings(f"{_KEY}merges")
+    if len(stored) > 8 * len(tokens):  # at most 2 per token in any known vocabulary
+        raise FormatError(f"{meta.file}: {len(stored)} merges for {len(tokens)} tokens cannot be")
+    for merge in stored:
         cut = merge.find(" ", 1)
         left, right = merge[:cut], merge[cut + 1 :]
         if cut < 0 or not (left in vocab and right in vocab and left + right in vocab):
