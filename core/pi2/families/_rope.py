@@ -34,7 +34,7 @@ def rope(keys: Keys, head_dim: int, max_context: int, *, partial: float = 1.0) -
 def parse(keys: Keys, given: Mapping[str, Any], head_dim: int, max_context: int) -> Rope:
     """One dictionary of RoPE parameters.  Raises UnsupportedModel for kinds that pi2 does not compute."""
     part = Keys(given, {})
-    kind = given.get("rope_type", given.get("type")) or "default"
+    kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in _KINDS:
         raise UnsupportedModel(
             f"RoPE scaling of the kind {str(kind)[:40]!r} is not supported",
