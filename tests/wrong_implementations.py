@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import Phase, settings
 
-# Failing is enough here, so nothing is shrunk; always the same examples.  Set before the kit makes its settings.
+# Failing is enough here, so nothing is shrunk.  Set before the kit makes its settings.
 settings.register_profile("fail_fast", phases=[Phase.generate], derandomize=True, database=None)
 settings.load_profile("fail_fast")
 

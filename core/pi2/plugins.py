@@ -54,6 +54,7 @@ class Plugins:
         self._manager.add_hookspecs(hookspecs)
         self._classes: dict[str, dict[str, type[Plugin]]] = {kind: {} for kind in KINDS}
         self.models: dict[str, Path] = {}
+        self._carriers: dict[str, str] = {}  # model -> plugin
         self.broken: dict[str, str] = {}
         """Entry-point name -> why the plugin was refused."""
         self.versions: dict[str, str] = {}
@@ -80,7 +81,7 @@ class Plugins:
             self.versions[point.name] = f"{point.dist.name} {point.dist.version}"
         try:
             self.add(point.name, point.load())
-        except Exception as e:  # whatever a plugin raises is that plugin's fault, and shown as such
+        except (Exception, SystemExit) as e:  # whatever a plugin raises is its own fault, and shown as such
             self.broken[point.name] = str(e) if isinstance(e, PluginError) else f"{type(e).__name__}: {e}"
 
     def add(self, name: str, plugin: ModuleType | object) -> None:
@@ -94,6 +95,11 @@ class Plugins:
         except pluggy.PluginValidationError as e:
             self._forget(name)
             raise PluginError(f"{name}: {e}", hint=f"the hooks are {', '.join(sorted(_hooks()))}") from None
+        if not self.hooks_of(name):
+            self._forget(name)
+            raise PluginError(
+                f"{name} implements no hook", hint="decorate its hooks with pi2.hookspecs.hookimpl"
+            )
         try:
             classes = {kind: self._collect(kind, name, plugin) for kind in KINDS}
             models = self._collect_models(name, plugin)
@@ -106,6 +112,7 @@ class Plugins:
         for kind, by_name in classes.items():
             self._classes[kind] |= by_name
         self.models |= models
+        self._carriers |= dict.fromkeys(models, name)
 
     def _forget(self, name: str) -> None:
         if self._manager.get_plugin(name) is not None:
@@ -138,8 +145,11 @@ class Plugins:
             if not isinstance(answer, Mapping):
                 raise PluginError(f"{name}: pi2_models must return a mapping of names to directories")
             for model, path in answer.items():
-                if model in self.models or model in found:
-                    raise PluginError(f"{name} and another plugin both carry a model {model!r}")
+                if model in self.models:
+                    raise PluginError(
+                        f"{name} and {self._carriers[model]} both carry a model {model!r}",
+                        hint="uninstall one of the two plugins",
+                    )
                 found[str(model)] = Path(path)
         return found
 
@@ -185,9 +195,12 @@ class Plugins:
 def probe(cls: type[Plugin]) -> Probe:
     """``cls.probe()``, or why it broke its promise never to raise."""
     try:
-        return cls.probe()
+        verdict: object = cls.probe()
     except Exception as e:
         return Probe(0, f"probe() raised {type(e).__name__}: {e}")
+    if isinstance(verdict, Probe):
+        return verdict
+    return Probe(0, f"probe() returned {verdict!r}, which is no Probe")
 
 
 def _check_version(name: str, plugin: object) -> None:
