@@ -86,8 +86,11 @@ BYTE_LEVEL = vocabulary(
 )
 
 
-def sentencepiece(**changes):
-    """Pieces learnt from the corpus, with scores that fall with their rank, as SentencePiece gives them."""
+def sentencepiece(own=("<tool>",), **changes):
+    """Pieces learnt from the corpus, with scores that fall with their rank, as SentencePiece gives them.
+
+    ``own`` are user-defined tokens; Gemma has runs of spaces and of newlines among them.
+    """
     tokenizer = Tokenizer(models.BPE())
     spaced = [text.replace(" ", "▁") for text in CORPUS]
     tokenizer.train_from_iterator(spaced * 3, trainers.BpeTrainer(vocab_size=700, show_progress=False))
@@ -95,9 +98,9 @@ def sentencepiece(**changes):
     merged = ["".join(pair) for pair in learnt["merges"]]
     pieces = [*dict.fromkeys(merged), *(t for t in learnt["vocab"] if len(t) == 1)]
     pieces = [p for p in pieces if "\n" not in p and "\t" not in p and "\r" not in p]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "<tool>", *pieces]
-    types = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, USER_DEFINED, *[NORMAL] * len(pieces)]
-    scores = [0.0] * 260 + [-float(i) for i in range(len(pieces))]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *own, *pieces]
+    types = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[USER_DEFINED] * len(own), *[NORMAL] * len(pieces)]
+    scores = [0.0] * (259 + len(own)) + [-float(i) for i in range(len(pieces))]
     given = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0} | changes
     return vocabulary("llama", tokens, types=types, scores=scores, **given)
 
@@ -152,7 +155,8 @@ def test_expressions_that_llama_cpp_approximates_agree_on_ascii(tmp_path, pre, t
 
 @pytest.fixture(scope="module", params=[True, False], ids=["prefix", "no prefix"])
 def pieces(request, tmp_path_factory):
-    keys = sentencepiece(add_space_prefix=request.param)
+    own = ("<tool>",) if request.param else ("<tool>", "  ", "    ", "\n\n")
+    keys = sentencepiece(own, add_space_prefix=request.param)
     return both(model_file(tmp_path_factory.mktemp("spm"), keys))
 
 

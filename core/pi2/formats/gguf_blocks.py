@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pi2.tensor import F32, U8, DType, Tensor, join_row
+from pi2.tensor import BLOCK, F32, U8, DType, Tensor, join_row
 
 Decoder = Callable[[U8], F32]
 
@@ -63,10 +63,12 @@ def to_tensor(raw: U8, kind: int) -> Tensor:
     if dtype in ("f32", "f16"):
         return Tensor(raw, dtype, cols)
     if dtype is not None:
-        blocks = raw.reshape(rows, -1, BLOCKS[kind][1])
-        quants = blocks[:, :, 2:].reshape(rows, -1)
-        scales = np.ascontiguousarray(blocks[:, :, :2]).view(np.float16).reshape(rows, -1)
-        return Tensor(join_row(quants, scales), dtype, cols)
+        out = np.empty(raw.shape, np.uint8)
+        for at in range(0, rows, step := _step(cols)):
+            blocks = raw[at : at + step].reshape(-1, cols // BLOCK, BLOCKS[kind][1])
+            scales = np.ascontiguousarray(blocks[:, :, :2]).view(np.float16)[:, :, 0]
+            out[at : at + step] = join_row(blocks[:, :, 2:].reshape(len(blocks), -1), scales)
+        return Tensor(out, dtype, cols)
     return Tensor(decode_rows(raw, kind).view(np.uint8), "f32", cols)
 
 
@@ -95,13 +97,18 @@ def _cols(raw: U8, kind: int) -> int:
     return int(raw.shape[1]) // size * weights
 
 
+def _step(cols: int) -> int:
+    """Rows that make about 1 MB of float32."""
+    return max(1, (1 << 18) // cols)
+
+
 def _portions(raw: U8, kind: int) -> Iterator[tuple[slice, F32]]:
     """Rows decoded about 1 MB at a time, so that what is allocated besides the result stays small.
 
     Damaged scales may be infinite: the values are then what IEEE 754 says, without a warning.
     """
     cols = _cols(raw, kind)
-    step = max(1, (1 << 18) // cols)
+    step = _step(cols)
     with np.errstate(invalid="ignore", over="ignore"):
         for at in range(0, raw.shape[0], step):
             part = np.ascontiguousarray(raw[at : at + step])

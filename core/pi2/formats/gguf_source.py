@@ -13,7 +13,7 @@ import numpy as np
 from pi2.api import ModelFormat, ModelSource, Probe
 from pi2.architecture import Architecture
 from pi2.errors import FormatError, UnsupportedModel
-from pi2.families import Family, by_gguf
+from pi2.families import by_gguf
 from pi2.formats.gguf import MAGIC, POWERINFER_MAGIC, GgufFile, TensorInfo
 from pi2.formats.gguf_blocks import BF16_TYPE, decode_rows, exact_dtype, to_tensor, transpose, type_name
 from pi2.formats.gguf_config import config_of, llama3_scaling
@@ -148,7 +148,11 @@ class GgufSource(ModelSource):
             eos_ids=end_ids(meta),
         )
         described.check()
-        self._check_permutation(described, self._family)
+        rope = described.rope
+        # The families that GGUF permutes rotate whole heads and norm none, so whole heads are un-permuted.
+        assert not (
+            self._family.gguf_permuted and (described.qk_norm or not rope or rope.dims < described.head_dim)
+        )
         return described
 
     def _llama3(self, config: Mapping[str, object]) -> dict[str, object]:
@@ -163,13 +167,6 @@ class GgufSource(ModelSource):
             raise FormatError(f"{self._meta.file}: {_ROPE_FREQS} does not match the heads")
         scaling = llama3_scaling(decode_rows(file.data(info), info.type)[0], theta, context)
         return {} if scaling is None else {"rope_scaling": scaling}
-
-    def _check_permutation(self, arch: Architecture, family: Family) -> None:
-        partial = arch.rope is not None and arch.rope.dims != arch.head_dim
-        if family.gguf_permuted and (partial or arch.qk_norm or arch.head_dim % 2):
-            raise UnsupportedModel(
-                f"{self._meta.file}: the rows of q and k are in an order that pi2 does not know"
-            )
 
     def _check_tensors(self) -> None:
         """Every tensor of the inventory is there in its shape, and nothing else is."""
