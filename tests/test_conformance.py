@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import gguf_files
+import huggingface_files
 import pytest
+from gguf import GGMLQuantizationType as Type
 from pi2.api import Plugin
+from pi2.formats.gguf_source import GgufFormat
+from pi2.formats.huggingface import HuggingFaceFormat
 from pi2.plugins import Plugins
-from pi2.testing import BackendTests, CachePolicyTests, PredictorTests, StorageTierTests
+from pi2.testing import (
+    BackendTests,
+    CachePolicyTests,
+    ModelFormatTests,
+    PredictorTests,
+    StorageTierTests,
+)
 
 INSTALLED = Plugins.installed()
 
@@ -41,6 +54,28 @@ class TestCachePolicies(CachePolicyTests):
     @classmethod
     def implementation(cls, request: pytest.FixtureRequest) -> type[Plugin]:
         return request.param
+
+
+class TestGguf(ModelFormatTests):
+    plugin = GgufFormat
+
+    @classmethod
+    def sample(cls, directory: Path) -> Path:
+        tensors = gguf_files.random_tensors(gguf_files.shapes(), Type.Q4_0)
+        return gguf_files.write(directory / "tiny.gguf", tensors)
+
+
+class TestHuggingFace(ModelFormatTests):
+    plugin = HuggingFaceFormat
+
+    @classmethod
+    def sample(cls, directory: Path) -> Path:
+        return huggingface_files.write(directory / "tiny", huggingface_files.LLAMA, dtype="F16", shards=2)
+
+
+def test_every_installed_model_format_is_tested_here_or_beside_its_plugin():
+    built_in = {cls for cls in INSTALLED.of("model_formats").values() if cls.__module__.startswith("pi2.")}
+    assert built_in == {TestGguf.plugin, TestHuggingFace.plugin}
 
 
 def test_no_installed_plugin_is_broken():
