@@ -1,5 +1,6 @@
 """Seeded random models in memory, for the tests of the container and of conversion."""
 
+import hashlib
 import json
 import zlib
 
@@ -7,6 +8,7 @@ import numpy as np
 from pi2 import inventory
 from pi2.api import ModelSource
 from pi2.architecture import Architecture, Rope
+from pi2.container.writer import JOURNAL
 from pi2.tensor import Tensor
 
 TOKENIZER = json.dumps(
@@ -54,3 +56,22 @@ class RandomSource(ModelSource):
 
     def chat_template(self):
         return self.template
+
+
+class Counting(RandomSource):
+    """Remembers which matrices were asked for, and can fail at the n-th."""
+
+    def __init__(self, architecture, fail_at=None, error=KeyboardInterrupt, **kw):
+        super().__init__(architecture, **kw)
+        self.asked, self.fail_at, self.error = [], fail_at, error
+
+    def tensor(self, name):
+        if len(self.asked) == self.fail_at:
+            raise self.error
+        self.asked.append(name)
+        return super().tensor(name)
+
+
+def contents(path):
+    """Checksum of every file of a model."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.iterdir() if p.name != JOURNAL}

@@ -127,7 +127,8 @@ def _open(path: Path, tier: StorageTier, verify: bool | None) -> PiModel:
     assert tokenizer is not None
     architecture = Architecture.from_dict(parse_json(config.encode(), "config.json"))
     _check_geometry(manifest, architecture)
-    headers = (_dense_header(path, architecture), _neurons_header(path, manifest, architecture))
+    neurons = _neurons_header(path, manifest, architecture)  # first: it bounds the number of layers
+    headers = (_dense_header(path, architecture), neurons)
     if verified:
         for name in set(manifest.files) - set(_SMALL):
             _check_sum(path, manifest, name)
@@ -187,8 +188,6 @@ def _neurons_header(path: Path, manifest: Manifest, arch: Architecture) -> Heade
 def _dense_header(path: Path, arch: Architecture) -> Header:
     # 16: the largest number of dense tensors that a layer can have, with room
     header = read_header(path / DENSE, _header_limit(16 * arch.n_layers, PAGE))
-    if len(header.entries) < 2 * arch.n_layers:
-        raise FormatError(f"{DENSE} is too small for {arch.n_layers} layers")
     matrices, vectors = inventory.dense_matrices(arch), inventory.dense_vectors(arch)
     _check_names(DENSE, header, set(matrices) | set(vectors))
     if set(header.metadata) != set(matrices) or not set(header.metadata.values()) <= set(DTYPES):
