@@ -252,7 +252,7 @@ def parse_options(cls: type, options: Mapping[str, str]) -> dict[str, Any]:
             known = ", ".join(sorted(parameters)) or "none"
             raise OptionError(f"{cls.__name__} has no option {key!r}", hint=f"its options: {known}")
         annotation = parameters[key].annotation
-        kind = annotation if isinstance(annotation, str) else annotation.__name__
+        kind = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
         kind = kind.removesuffix(" | None")
         try:
             parsed[key] = converters[kind](text)
