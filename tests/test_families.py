@@ -36,6 +36,7 @@ def test_the_numbers_of_published_models_are_right():
     assert (sparse.activation, sparse.up_relu, sparse.window, sparse.sparse) == ("relu", True, 4096, True)
     opt = describe(REAL["opt-125m"])
     assert (opt.rope, opt.norm, opt.gated, opt.qkv_bias, opt.tied) == (None, "layer", False, True, True)
+    assert opt.norm_eps == 1e-5  # PyTorch's default, nowhere in the configuration
 
 
 def test_no_two_families_claim_the_same_model():

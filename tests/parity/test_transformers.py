@@ -38,12 +38,14 @@ SHAPE = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256,
     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": False,
+    "rms_norm_eps": 0.03,  # large enough to show in the logits
 }  # fmt: skip
 OPT = {
     "vocab_size": VOCAB, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
     "word_embed_proj_dim": 64, "max_position_embeddings": 256,
     "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
 }  # fmt: skip
+NEMOTRON = {name: value for name, value in SHAPE.items() if name != "rms_norm_eps"} | {"norm_eps": 0.03}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -155,9 +157,10 @@ CASES = {
                             shard="50KB"),
     "arcee": Case("Arcee"),
     "arcee-yarn-biases": Case("Arcee", {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}),
-    "nemotron": Case("Nemotron"),
+    "nemotron": Case("Nemotron", shape=NEMOTRON),
     "nemotron-biases": Case("Nemotron", {"attention_bias": True, "mlp_bias": True, "hidden_act": "silu",
-                                         "partial_rotary_factor": 0.25, "tie_word_embeddings": True}),
+                                         "partial_rotary_factor": 0.25, "tie_word_embeddings": True},
+                            shape=NEMOTRON),
     "turbosparse": Case("Mistral", {"hidden_act": "relu", "sliding_window": 40}, saved=as_bamboo,
                         model=double_relu),
 }  # fmt: skip
