@@ -240,3 +240,25 @@ def test_gemma_rotates_whole_heads(tmp_path):
     path = write(tmp_path / "m.gguf", random_tensors(shapes(**features)), arch="gemma3", keys=keys)
     with pytest.raises(UnsupportedModel, match="8 of 16 dimensions"):
         load(path)
+
+
+def test_one_number_per_layer_is_one_number_if_all_are_the_same(tmp_path):
+    keys = {"llama.feed_forward_length": [96, 96], "general.name": "Tiny", "general.license": "mit"}
+    source = load(write(tmp_path / "m.gguf", random_tensors(shapes()), keys=keys))
+    assert source.architecture.n_neurons == 96
+    assert (source.provenance["name"], source.provenance["license"]) == ("Tiny", "mit")
+    assert source.provenance["types"] == "F32 x 21"
+
+
+def test_the_local_layers_of_gemma_may_have_a_frequency_of_their_own(tmp_path):
+    features, keys = ARCHITECTURES["gemma3"]
+    keys = keys | {"gemma3.rope.freq_base_swa": 500.0}
+    path = write(tmp_path / "m.gguf", random_tensors(shapes(**features)), arch="gemma3", keys=keys)
+    assert load(path).architecture.local_rope.theta == 500.0
+
+
+def test_trailing_dimensions_of_one_do_not_matter(tmp_path):
+    tensors = random_tensors(shapes())
+    data, kind, values = tensors["blk.0.ffn_up.weight"]
+    tensors["blk.0.ffn_up.weight"] = (data.reshape(1, 1, *data.shape), kind, values)
+    check_all(load(write(tmp_path / "m.gguf", tensors)), tensors, "llama")

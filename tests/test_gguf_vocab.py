@@ -223,7 +223,7 @@ def test_turn_ends_and_the_chat_template_are_found(tmp_path):
 
 
 def test_empty_tokens_get_a_name(tmp_path):
-    keys = letters(300)
+    keys = letters(300) | {"tokenizer.ggml.token_type": None}  # without types all are normal
     keys["tokenizer.ggml.tokens"][298:] = ["", ""]
     tokenizer = Tokenizer.from_str(load(model_file(tmp_path, keys)).tokenizer_json())
     assert tokenizer.token_to_id("[EMPTY_299]") == 299
