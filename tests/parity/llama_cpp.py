@@ -42,6 +42,15 @@ def _quiet(level, text, data):
 def _library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("*.so"))))
     lib.llama_log_set(_quiet, None)
+    text = [ctypes.c_char_p, ctypes.c_int32]
+    tokenize = [
+        ctypes.c_void_p,
+        *text,
+        ctypes.POINTER(ctypes.c_int32),
+        ctypes.c_int32,
+        ctypes.c_bool,
+        ctypes.c_bool,
+    ]
     signatures = {
         "llama_model_default_params": (_Params, []),
         "llama_context_default_params": (_Params, []),
@@ -49,11 +58,7 @@ def _library() -> ctypes.CDLL:
         "llama_init_from_model": (ctypes.c_void_p, [ctypes.c_void_p, _Params]),
         "llama_model_get_vocab": (ctypes.c_void_p, [ctypes.c_void_p]),
         "llama_vocab_n_tokens": (ctypes.c_int32, [ctypes.c_void_p]),
-        "llama_tokenize": (
-            ctypes.c_int32,
-            [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.POINTER(ctypes.c_int32)]
-            + [ctypes.c_int32, ctypes.c_bool, ctypes.c_bool],
-        ),
+        "llama_tokenize": (ctypes.c_int32, tokenize),
         "llama_batch_init": (_Batch, [ctypes.c_int32] * 3),
         "llama_batch_free": (None, [_Batch]),
         "llama_decode": (ctypes.c_int32, [ctypes.c_void_p, _Batch]),

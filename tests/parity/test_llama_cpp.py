@@ -112,7 +112,7 @@ def test_logits_agree_at_every_position(both):
 
 
 def test_greedy_decoding_gives_the_same_64_tokens(both):
-    """In float32 to the letter; else identical, until two tokens are nearer to each other than the tolerance."""
+    """In float32 to the letter; else until two tokens are nearer to each other than the tolerance."""
     peer, converted, kind = both
     generation = engine(converted, Rounding(kind)).generate(PROMPT, Sampling(max_tokens=64))
     for _ in generation:

