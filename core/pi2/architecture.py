@@ -108,6 +108,8 @@ class Architecture:
                      "n_neurons", "max_context"):  # fmt: skip
             if not 0 < getattr(self, name) <= limit:
                 raise FormatError(f"{name} = {getattr(self, name)} cannot be")
+        if any(not 0 <= i < self.vocab_size for i in (self.bos_id or 0, *self.eos_ids)):
+            raise FormatError("a special token lies outside of the vocabulary")
         if self.n_layers > 4096:
             raise FormatError(f"n_layers = {self.n_layers} cannot be")
         if self.n_heads % self.n_kv_heads:
