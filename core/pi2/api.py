@@ -142,7 +142,7 @@ class Predictor(Plugin):
     """Whether ``predict`` always names every active neuron."""
 
     def attach(self, model: ModelView, backend: Backend) -> None:
-        """Called once before the first ``predict``; load what is needed.  Raises Pi2Error if it is missing."""
+        """Called once before the first ``predict``; load what is needed.  Pi2Error if it is missing."""
         return None
 
     @abstractmethod
