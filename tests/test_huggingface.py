@@ -195,8 +195,13 @@ def test_pickles_are_never_opened(tmp_path, name):
 def test_a_directory_without_weights_is_refused(tmp_path):
     path = write(tmp_path / "m", LLAMA)
     (path / "model.safetensors").unlink()
-    with pytest.raises(FormatError, match=r"holds no model\.safetensors"):
+    with pytest.raises(FormatError, match=r"holds no model\.safetensors") as e:
         load(path)
+    assert "fetch" in e.value.hint
+    (path / "tiny.gguf").touch()
+    with pytest.raises(FormatError, match="holds no") as e:
+        load(path)
+    assert "tiny.gguf" in e.value.hint
 
 
 def test_a_file_that_shrinks_while_open_is_an_error(tmp_path):

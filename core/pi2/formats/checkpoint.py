@@ -168,7 +168,9 @@ def _without_weights(directory: Path) -> FormatError:
             f"{directory} holds PyTorch pickles, which can run code when they are opened",
             hint="save the model as safetensors: model.save_pretrained(DIR) in transformers",
         )
-    return FormatError(f"{directory} holds no {SINGLE}", hint="fetch all files of the model")
+    gguf = next(directory.glob("*.gguf"), None)
+    hint = "fetch all files of the model" if gguf is None else f"convert the file itself: {gguf}"
+    return FormatError(f"{directory} holds no {SINGLE}", hint=hint)
 
 
 def _map(path: Path) -> U8:
