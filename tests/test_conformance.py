@@ -1,4 +1,7 @@
-"""The conformance kit, run over everything that is installed."""
+"""The conformance kit, run over everything that is installed.
+
+What cannot run here is only asked why, and whether it refuses to open.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from pi2.api import Plugin
 from pi2.formats.gguf_source import GgufFormat
 from pi2.formats.huggingface import HuggingFaceFormat
-from pi2.plugins import Plugins
+from pi2.plugins import KINDS, Plugins, probe
 from pi2.testing import (
     BackendTests,
     CachePolicyTests,
@@ -19,13 +22,22 @@ from pi2.testing import (
     PredictorTests,
     StorageTierTests,
 )
+from pi2.testing.plugin import PluginTests
 
 INSTALLED = Plugins.installed()
 
 
-def every(kind: str) -> list[object]:
-    """The classes of one kind, as parameters that bear their names."""
-    return [pytest.param(cls, id=name) for name, cls in INSTALLED.of(kind).items()]
+def every(kind: str, *, can_run: bool = True) -> list[object]:
+    """The classes of one kind that can run here, or those that cannot, as parameters with their names."""
+    classes = INSTALLED.of(kind).items()
+    return [pytest.param(cls, id=name) for name, cls in classes if bool(probe(cls)) == can_run]
+
+
+class TestWhatCannotRunHere(PluginTests):
+    @pytest.fixture(scope="class", params=[cls for kind in KINDS for cls in every(kind, can_run=False)])
+    @classmethod
+    def implementation(cls, request: pytest.FixtureRequest) -> type[Plugin]:
+        return request.param
 
 
 class TestBackends(BackendTests):
