@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -10,7 +11,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-WRONG = Path(__file__).with_name("wrong_implementations.py")
+HERE = Path(__file__).parent
+FILES = {
+    name: file
+    for file in (HERE / "wrong_backends.py", HERE / "wrong_parts.py")
+    for name in re.findall(r"^class Test(\w+)", file.read_text(), re.MULTILINE)
+}
 
 CAUGHT_BY = {
     "AddsToTheOutput": "ffn_is_the_sum_over_its_neurons",
@@ -54,10 +60,11 @@ def failures(tmp_path_factory) -> dict[str, set[str]]:
     """Class -> its tests that failed, without the words Test and test_, from one run of pytest."""
     where = tmp_path_factory.mktemp("kit")
     report = where / "report.xml"
-    chosen = [f"{WRONG}::Test{name}::test_{test}" for name, test in CAUGHT_BY.items()]
-    chosen += [f"{WRONG}::Test{name}" for name in RIGHT]
-    options = ("-q", "--tb=line", "--import-mode=importlib", "-c", "/dev/null", f"--rootdir={where}")
-    command = [sys.executable, "-m", "pytest", *options, f"--junitxml={report}", *chosen]
+    chosen = [f"{FILES[name]}::Test{name}::test_{test}" for name, test in CAUGHT_BY.items()]
+    chosen += [f"{FILES[name]}::Test{name}" for name in RIGHT]
+    options = ["-q", "--tb=line", "--import-mode=importlib", "-c", os.devnull, f"--rootdir={where}"]
+    options += ["-o", f"pythonpath={HERE}", f"--junitxml={report}"]
+    command = [sys.executable, "-m", "pytest", *options, *chosen]
     done = subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
     assert report.exists(), done.stdout + done.stderr
     found: dict[str, set[str]] = {}
@@ -78,7 +85,6 @@ def test_a_right_implementation_passes(failures, name):
     assert failures[name] == set()
 
 
-def test_every_implementation_of_the_file_is_listed_here():
+def test_every_implementation_of_the_files_is_listed_here():
     assert sorted(CAUGHT_BY) == list(CAUGHT_BY)
-    classes = re.findall(r"^class Test(\w+)", WRONG.read_text(), re.MULTILINE)
-    assert set(classes) == set(CAUGHT_BY) | set(RIGHT)
+    assert set(FILES) == set(CAUGHT_BY) | set(RIGHT)
