@@ -127,7 +127,7 @@ class Sampler:
                     f"logit-bias names token {token}, but the vocabulary ends at {vocab_size - 1}"
                 )
         self.params = params
-        self.seed = _new_seed() if params.seed is None else params.seed
+        self.seed = new_seed() if params.seed is None else params.seed
         self._random = np.random.Generator(np.random.PCG64(self.seed))
         self._biased = np.fromiter(params.logit_bias.keys(), np.int64)
         self._bias = np.fromiter(params.logit_bias.values(), np.float64)
@@ -180,10 +180,11 @@ class Sampler:
         return scores
 
 
-def _new_seed() -> int:
+def new_seed() -> int:
+    """A seed from the system's entropy, to be told to the user, so that a run can be repeated."""
     entropy = np.random.SeedSequence().entropy
     assert isinstance(entropy, int)
-    return entropy & 0xFFFFFFFF  # short enough to be read out and typed in again
+    return entropy & 0xFFFFFFFF  # short enough to be typed in again
 
 
 def _ranked(ids: I64, scores: F64) -> I64:

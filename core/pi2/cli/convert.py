@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -55,8 +56,8 @@ def command(
     total = sum(entry.nbytes for entry in manifest.files.values())
     for note in manifest.notes:
         say(f"note: {note}")
-    say(f"{path}: {human_bytes(total)} in {time.perf_counter() - start:.1f} s")
-    say(f'next: pi2 run --model {path} "Hello"')
+    say(f"{destination}: {human_bytes(total)} in {time.perf_counter() - start:.1f} s")
+    say(f'next: pi2 run --model {shlex.quote(str(destination))} "Hello"')
 
 
 @contextmanager

@@ -73,4 +73,7 @@ def print_run(stats: RunStats, setup: dict[str, Any]) -> None:
         ("parts", setup["backend"], f"storage {setup['storage']}, predictor {setup['predictor']}"),
         ("lossless", "yes" if setup["lossless"] else "no", exactness),
     ]
+    sampling = setup["config"].get("sampling", {})
+    if sampling.get("temperature"):
+        rows.append(("seed", str(sampling["seed"]), "repeats this answer with --seed"))
     print_table(rows, sys.stderr)

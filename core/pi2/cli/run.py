@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ from pi2.errors import OptionError, StorageError
 
 if TYPE_CHECKING:
     from pi2.engine import Engine
+    from pi2.sampling import Sampling
     from pi2.session import Generation
 
 Prompt = Annotated[
@@ -55,8 +57,10 @@ def command(
     text = read_prompt(prompt, file)
     if raw and system is not None:
         raise typer.BadParameter("--raw has no place for a system message", param_hint="--system")
-    from pi2.sampling import Sampling
+    from pi2.sampling import Sampling, new_seed
 
+    if seed is None and temperature > 0:
+        seed = new_seed()  # here, so that it can be told
     sampling = Sampling(
         temperature=o.choose_temperature(temperature, greedy),
         top_k=top_k,
@@ -75,12 +79,13 @@ def command(
     ) as engine:
         generation = engine.generate(_prompt_ids(engine, text, system, raw), sampling)
         if json:
-            _exhaust(generation)
-            print_json(generation.stats.to_json(engine.setup()))
+            for _ in generation:
+                pass
+            print_json(generation.stats.to_json(_setup(engine, sampling)))
             return
         interrupt = write_pieces(generation)
         if not quiet and generation.stats.tokens:
-            print_run(generation.stats, engine.setup())
+            print_run(generation.stats, _setup(engine, sampling))
         if interrupt:
             raise interrupt
 
@@ -131,6 +136,7 @@ def write_pieces(generation: Generation) -> KeyboardInterrupt | None:
     return interrupt
 
 
-def _exhaust(pieces: Any) -> None:
-    for _ in pieces:
-        pass
+def _setup(engine: Engine, sampling: Sampling) -> dict[str, Any]:
+    setup = engine.setup()
+    setup["config"]["sampling"] = dataclasses.asdict(sampling)
+    return setup
