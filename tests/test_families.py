@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 from huggingface_files import CONFIGS, LLAMA, OPT, REAL, SHAPE
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from pi2 import families, inventory
 from pi2.architecture import Architecture
 from pi2.errors import FormatError, Pi2Error, UnsupportedModel
+from pi2.rope import RopeTable
 
 GEMMA = CONFIGS["gemma3"]
 QWEN = CONFIGS["qwen3"]
@@ -160,6 +162,7 @@ def test_an_odd_rope_gives_a_sound_architecture_or_one_error(kind, changes):
         arch = describe(LLAMA, rope_parameters={**sound, **changes})
     if arch is not None:
         assert Architecture.from_dict(arch.to_dict()) == arch
+        assert np.isfinite(RopeTable(arch.rope).rotate(np.ones((1, 32, 16), np.float32), 0)).all()
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
@@ -173,6 +176,14 @@ def test_rope_is_read_in_the_old_and_in_the_new_style():
     assert new.rope.attn_factor == pytest.approx(0.1 * math.log(4) + 1)
     outside = describe(LLAMA, rope_scaling=YARN, original_max_position_embeddings=16)
     assert outside.rope.original_context == 16
+
+
+def test_a_rope_without_its_original_context_is_no_description_of_a_model():
+    arch = describe(LLAMA, rope_scaling=YARN)
+    raw = arch.to_dict()
+    raw["rope"] |= {"original_context": 0}
+    with pytest.raises(FormatError, match="0 tokens of original context"):
+        Architecture.from_dict(raw)
 
 
 def test_gemmas_two_ropes_are_read_in_the_old_and_in_the_new_style():
@@ -213,11 +224,13 @@ def test_gemmas_embedding_scale_has_the_precision_of_its_weights(dtype):
         (LLAMA, {"rope_scaling": {"type": "linear", "factor": 0}}, "RoPE factor 0"),
         (LLAMA, {"rope_scaling": {"type": "linear"}}, "lacks factor"),
         (LLAMA, {"rope_scaling": {**YARN, "attention_factor": -1}}, "attention_factor has an impossible"),
-        (LLAMA, {"rope_theta": 0.5}, "rope_theta = 0.5 cannot be"),
+        (LLAMA, {"rope_theta": 0.5}, "RoPE theta 0.5"),
         (LLAMA, {"rope_parameters": {"partial_rotary_factor": 2.0}}, "RoPE over 2.0 of a head"),
         (LLAMA, {"rope_scaling": YARN, "original_max_position_embeddings": 0}, "original_max_position"),
         (LLAMA, {"rope_scaling": {**YARN, "type": "llama3", "rope_type": None, "low_freq_factor": 4.0,
                                   "high_freq_factor": 4.0}}, "low_freq_factor 4.0"),
+        (LLAMA, {"rope_scaling": {**YARN, "beta_fast": 0.5}}, "beta_slow 1.0, beta_fast 0.5"),
+        (LLAMA, {"rope_scaling": {**YARN, "attention_factor": 1e9}}, "attn_factor 1000000000.0"),
         (QWEN, {"layer_types": ["sliding_attention"] * 2}, "switched off"),
         (GEMMA, {"use_bidirectional_attention": True}, "both directions"),
         (GEMMA, {"query_pre_attn_scalar": None}, "query_pre_attn_scalar is null"),

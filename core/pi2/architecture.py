@@ -38,6 +38,22 @@ class Rope:
     truncate: bool = True
     attn_factor: float = 1.0
 
+    def check(self, head_dim: int) -> None:
+        """Raise FormatError unless the numbers give finite frequencies."""
+        if not (0 < self.dims <= head_dim and self.dims % 2 == 0):
+            raise FormatError(f"RoPE over {self.dims} of {head_dim} dimensions cannot be")
+        if not (1 < self.theta < 1e12 and 1e-6 < self.factor < 1e6):
+            raise FormatError(f"RoPE theta {self.theta}, factor {self.factor} cannot be")
+        if self.kind in ("llama3", "yarn") and not 0 < self.original_context <= 1 << 24:
+            raise FormatError(f"RoPE over {self.original_context} tokens of original context cannot be")
+        if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor < 1e6:
+            low, high = self.low_freq_factor, self.high_freq_factor
+            raise FormatError(f"RoPE low_freq_factor {low}, high_freq_factor {high} cannot be")
+        if self.kind == "yarn" and not 1e-6 < self.beta_slow <= self.beta_fast < 1e6:
+            raise FormatError(f"RoPE beta_slow {self.beta_slow}, beta_fast {self.beta_fast} cannot be")
+        if not 0 < self.attn_factor < 1e6:
+            raise FormatError(f"RoPE attn_factor {self.attn_factor} cannot be")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
@@ -119,10 +135,8 @@ class Architecture:
         if self.window_layers and len(self.window_layers) != self.n_layers:
             raise FormatError("window_layers does not name every layer")
         for rope in (self.rope, self.local_rope):
-            if rope and not (0 < rope.dims <= self.head_dim and rope.dims % 2 == 0):
-                raise FormatError(f"RoPE over {rope.dims} of {self.head_dim} dimensions cannot be")
-            if rope and not (0 < rope.theta < 1e12 and 0 < rope.factor < 1e6):
-                raise FormatError(f"RoPE theta {rope.theta}, factor {rope.factor} cannot be")
+            if rope:
+                rope.check(self.head_dim)
 
 
 def _build(cls: type[Any], raw: Mapping[str, Any], where: str) -> Any:

@@ -47,8 +47,6 @@ def parse(keys: Keys, given: Mapping[str, Any], head_dim: int, max_context: int)
     if not 0 < share <= 1:
         raise FormatError(f"config.json: RoPE over {share} of a head cannot be")
     plain = Rope(theta=part.number("rope_theta"), dims=int(head_dim * share))
-    if plain.theta <= 1:
-        raise FormatError(f"config.json: rope_theta = {plain.theta} cannot be")
     if kind == "default":
         return plain
     if kind == "linear":
@@ -71,8 +69,6 @@ def _factor(part: Keys, default: float | None = None) -> float:
 
 def _llama3(part: Keys, plain: Rope, context: int) -> Rope:
     low, high = part.number("low_freq_factor"), part.number("high_freq_factor")
-    if not 0 < low < high:
-        raise FormatError(f"config.json: RoPE low_freq_factor {low}, high_freq_factor {high} cannot be")
     return Rope(
         theta=plain.theta,
         dims=plain.dims,

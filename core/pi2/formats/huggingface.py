@@ -65,6 +65,7 @@ class HuggingFaceSource(ModelSource):
         tied = self._is_tied(architecture)
         bos, eos = _special_ids(path, config)
         self.architecture = replace(architecture, tied=tied, bos_id=bos, eos_ids=eos)
+        self.architecture.check()
         self._foreign = _foreign_names(self._family, self.architecture, self._weights)
         self._check_weights()
         self._tokenizer_json = _read_tokenizer(path, self.architecture)
