@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -79,6 +78,8 @@ def _hardware(machine: Machine) -> Iterator[Finding]:
 
 
 def _software(machine: Machine) -> Iterator[Finding]:
+    import importlib.metadata
+
     yield Finding("python", "ok", machine.python)
     for name, wanted in required_packages():
         try:
@@ -100,6 +101,8 @@ def _software(machine: Machine) -> Iterator[Finding]:
 
 def required_packages() -> list[tuple[str, str]]:
     """(name, version wanted) of what pi2 depends on, from its own metadata."""
+    import importlib.metadata
+
     try:
         lines = importlib.metadata.requires("pi2") or []
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
