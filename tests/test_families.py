@@ -232,6 +232,7 @@ def test_gemmas_embedding_scale_has_the_precision_of_its_weights(dtype):
         (LLAMA, {"rope_scaling": {**YARN, "beta_fast": 0.5}}, "beta_slow 1.0, beta_fast 0.5"),
         (LLAMA, {"rope_scaling": {**YARN, "attention_factor": 1e9}}, "attn_factor 1000000000.0"),
         (QWEN, {"layer_types": ["sliding_attention"] * 2}, "switched off"),
+        (CONFIGS["nemotron"], {"partial_rotary_factor": 0.2}, "RoPE over 3 of 16 dimensions"),
         (GEMMA, {"use_bidirectional_attention": True}, "both directions"),
         (GEMMA, {"query_pre_attn_scalar": None}, "query_pre_attn_scalar is null"),
         (GEMMA, {"sliding_window_pattern": 0}, "sliding_window_pattern = 0"),
