@@ -290,6 +290,7 @@ def test_chat_answers_every_line_and_obeys_its_commands(toy):
     result = pi2("chat", "--model", toy, "--max-tokens", 5, *LIVELY, stdin=lines)
     assert result.exit_code == 0
     assert result.stdout.count("\n") >= 2
+    assert result.stderr.count("(stopped by --max-tokens)\n") == 2
     assert "there is no /unheard" in result.stderr
     assert "forgotten" in result.stderr
     assert "/exit    leave" in result.stderr

@@ -202,7 +202,7 @@ def test_logits_that_are_not_finite_are_an_error(bad, temperature):
         ({"penalty_window": 0}, "penalty-window is between"),
         ({"seed": -1}, "seed is between"),
         ({"seed": 1.0}, "seed is a whole number"),
-        ({"max_tokens": -5}, "max-tokens is between"),
+        ({"max_tokens": 0}, "max-tokens is between 1 and"),
         ({"logit_bias": [1]}, "logit-bias maps"),
         ({"logit_bias": {-1: 0.0}}, "names token -1"),
         ({"logit_bias": {"a": 0.0}}, "names token 'a'"),

@@ -71,7 +71,7 @@ _BOUNDS = (
     ("frequency_penalty", -1e6, 1e6),
     ("penalty_window", 1, 1 << 31),
     ("seed", 0, 1 << 128),
-    ("max_tokens", 0, 1 << 31),
+    ("max_tokens", 1, 1 << 31),
 )
 
 

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from pi2.cli import options as o
-from pi2.cli.output import print_error, print_run, say
+from pi2.cli.output import print_error, print_run, say, why_cut
 from pi2.cli.run import write_pieces
 from pi2.errors import OptionError, Pi2Error
 
@@ -105,8 +105,9 @@ class Chat:
         try:
             generation = self._session.generate(self._engine.chat_prompt(messages), self._sampling)
             self._last = generation.stats
-            if write_pieces(generation):
-                say("(stopped)")
+            stopped = "stopped" if write_pieces(generation) else why_cut(generation.stats)
+            if stopped:
+                say(f"({stopped})")
         except Pi2Error as e:
             print_error(e)
             say("/reset forgets the conversation")

@@ -54,13 +54,17 @@ def _rate(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} tokens/s"
 
 
+def why_cut(stats: RunStats) -> str | None:
+    """Why the answer ended before the model meant it to, if so."""
+    reasons = {"length": "stopped by --max-tokens", "context": "stopped: the context is full"}
+    return reasons.get(stats.stop_reason or "")
+
+
 def print_run(stats: RunStats, setup: dict[str, Any]) -> None:
     """The figures of a generation, on stderr."""
     from pi2.stats import rss_peak_bytes
 
-    reasons = {"length": "stopped by --max-tokens", "context": "stopped: the context is full"}
-    ended = reasons.get(stats.stop_reason or "")
-    decoded = f"{len(stats.tokens)} tokens" + (f", {ended}" if ended else "")
+    decoded = ", ".join(filter(None, (f"{len(stats.tokens)} tokens", why_cut(stats))))
     ttft = "-" if stats.ttft_s is None else f"{stats.ttft_s:.2f} s"
     density = "-" if stats.density is None else f"{stats.density:.1%}"
     exactness = "as the dense model" if setup["lossless"] else "lossy: neurons may be missed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -77,17 +77,23 @@ def command(
     with o.open_engine(
         model, backend=backend, storage=storage, predictor=predictor, context=context
     ) as engine:
-        generation = engine.generate(_prompt_ids(engine, text, system, raw), sampling)
-        if json:
-            for _ in generation:
-                pass
-            print_json(generation.stats.to_json(_setup(engine, sampling)))
-            return
-        interrupt = write_pieces(generation)
-        if not quiet and generation.stats.tokens:
-            print_run(generation.stats, _setup(engine, sampling))
-        if interrupt:
-            raise interrupt
+        _answer(engine, _prompt_ids(engine, text, system, raw), sampling, json=json, quiet=quiet)
+
+
+def _answer(engine: Engine, ids: list[int], sampling: Sampling, *, json: bool, quiet: bool) -> None:
+    generation = engine.generate(ids, sampling)
+    setup = engine.setup()
+    setup["config"]["sampling"] = dataclasses.asdict(sampling)
+    if json:
+        for _ in generation:
+            pass
+        print_json(generation.stats.to_json(setup))
+        return
+    interrupt = write_pieces(generation)
+    if not quiet and generation.stats.tokens:
+        print_run(generation.stats, setup)
+    if interrupt:
+        raise interrupt
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -134,9 +140,3 @@ def write_pieces(generation: Generation) -> KeyboardInterrupt | None:
         sys.stdout.write("\n")
     sys.stdout.flush()
     return interrupt
-
-
-def _setup(engine: Engine, sampling: Sampling) -> dict[str, Any]:
-    setup = engine.setup()
-    setup["config"]["sampling"] = dataclasses.asdict(sampling)
-    return setup
