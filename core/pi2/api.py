@@ -84,7 +84,8 @@ class Backend(Plugin):
     """Computes on one device.  Knows nothing of files or caches.
 
     All arrays are float32 and C-contiguous; ``x`` is (n, cols), one row a token, n >= 0.  Rows of ``x``
-    are independent: a non-finite value in one makes that row's results non-finite and no other's.
+    are independent: a non-finite value in one changes no other's results.  A NaN makes its row's results
+    NaN, an infinity makes them non-finite, unless it switches every neuron of an FFN off.
     ``out`` overlaps nothing and is overwritten whole.  ``rows`` are ascending, without repeats.
     """
 

