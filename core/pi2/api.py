@@ -75,6 +75,10 @@ class Plugin(ABC):
         """
         return cls(**parse_options(cls, options or {}))
 
+    def describe(self) -> str:
+        """What this one resolved to, for people: device, kernels, threads, arithmetic."""
+        return self.name
+
     def close(self) -> None:
         """Give back what ``open`` took.  Safe to call twice."""
         return None

@@ -143,6 +143,7 @@ class Engine:
             "family": self.model.architecture.family,
             "context": self._context or self.model.architecture.max_context,
             "prefill_chunk": PREFILL_CHUNK,
+            "parts": {kind: part.describe() for kind, part in self._parts.items()},
             "checksums_verified": self.model.verified,
         }
         return {**names, "lossless": self._lossless, "config": config}

@@ -138,5 +138,6 @@ def write_pieces(generation: Generation) -> KeyboardInterrupt | None:
         interrupt = e
     if not generation.stats.text.endswith("\n"):
         sys.stdout.write("\n")
+        sys.stdout.flush()  # before the figures on stderr
     sys.stdout.flush()
     return interrupt

@@ -1,4 +1,4 @@
-"""The CPU backend of pi2."""
+"""Registers the backend ``cpu``: SIMD kernels for x86 and ARM."""
 
 from __future__ import annotations
 

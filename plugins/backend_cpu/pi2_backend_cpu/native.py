@@ -1,0 +1,73 @@
+"""The C interface of the kernels, one declaration a function (pi2_cpu.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
+from importlib.resources import as_file, files
+from typing import ClassVar
+
+from pi2.tensor import DType
+
+DTYPES: dict[DType, int] = {"f32": 0, "f16": 1, "q8_0": 2, "q4_0": 3}
+NO_DTYPE = -1
+ACTIVATIONS = {"relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
+
+
+class Matrix(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("data", c_void_p),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("row_bytes", c_int64),
+        ("dtype", c_int32),
+    ]
+
+
+class Ffn(ctypes.Structure):
+    _fields_: ClassVar = [
+        ("bundles", c_void_p),
+        ("count", c_int64),
+        ("stride", c_int64),
+        ("d_model", c_int64),
+        ("gate", c_int32),
+        ("up", c_int32),
+        ("down", c_int32),
+        ("gate_offset", c_int64),
+        ("up_offset", c_int64),
+        ("down_offset", c_int64),
+        ("bias_offset", c_int64),
+        ("activation", c_int32),
+        ("up_relu", c_int32),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The kernels' library with its functions declared, or None if this installation has none."""
+    name = "libpi2_cpu.so"
+    with as_file(files("pi2_backend_cpu") / name) as path:
+        if not path.exists():
+            return None
+        lib = ctypes.CDLL(str(path))
+    rows = [c_void_p, c_int64]  # int32 numbers or NULL, and how many rows
+    call = [c_void_p, c_int64, *rows, c_void_p]  # x, n, rows, out
+    signatures: dict[str, tuple[object, list[object]]] = {
+        "pi2_cpu_isas": (c_char_p, []),
+        "pi2_cpu_isa": (c_char_p, [c_void_p]),
+        "pi2_cpu_open": (c_void_p, [c_int32, c_void_p, c_char_p, c_int32]),
+        "pi2_cpu_close": (None, [c_void_p]),
+        "pi2_cpu_linear": (None, [c_void_p, POINTER(Matrix), *call]),
+        "pi2_cpu_ffn": (c_int64, [c_void_p, POINTER(Ffn), *call]),
+    }
+    for function, (result, arguments) in signatures.items():
+        declared = getattr(lib, function)
+        declared.restype, declared.argtypes = result, arguments
+    return lib
+
+
+def instruction_sets(lib: ctypes.CDLL) -> list[str]:
+    """Those that the library has and this CPU can run, best first."""
+    names: str = lib.pi2_cpu_isas().decode()
+    return names.split("\n")

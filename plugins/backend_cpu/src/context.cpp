@@ -1,0 +1,68 @@
+// Which instruction sets there are, and opening a context on one of them.  Built without instruction set
+// flags.
+#include "context.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() {  // CPUID leaves 1 and 7, and XGETBV: the system must save the wide registers
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
+  const unsigned needed = bit_FMA | bit_AVX | bit_OSXSAVE | bit_F16C;
+  if ((c & needed) != needed) return false;
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if ((low & 6) != 6) return false;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX2);
+}
+#endif
+
+// Best first.
+std::vector<const pi2::Kernels*> available() {
+  std::vector<const pi2::Kernels*> found;
+#if defined(__x86_64__)
+  if (has_avx2()) found.push_back(pi2::kernels_avx2());
+#endif
+#if defined(__aarch64__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back(pi2::kernels_neon_dotprod());
+  found.push_back(pi2::kernels_neon());
+#endif
+  found.push_back(pi2::kernels_scalar());
+  return found;
+}
+
+}  // namespace
+
+extern "C" const char* pi2_cpu_isas(void) {
+  static const std::string names = [] {
+    std::string joined;
+    for (const auto* kernels : available())
+      joined += (joined.empty() ? "" : "\n") + std::string(kernels->isa);
+    return joined;
+  }();
+  return names.c_str();
+}
+
+extern "C" pi2_cpu* pi2_cpu_open(int32_t threads, const int32_t* cpus, const char* isa, int32_t integer) {
+  if (threads < 1) return nullptr;
+  if (isa == nullptr) isa = std::getenv("PI2_CPU_ISA");
+  for (const auto* kernels : available())
+    if (isa == nullptr || std::strcmp(isa, kernels->isa) == 0)
+      return new pi2_cpu(kernels, threads, cpus, integer != 0);
+  return nullptr;
+}
+
+extern "C" void pi2_cpu_close(pi2_cpu* cpu) { delete cpu; }
+
+extern "C" const char* pi2_cpu_isa(const pi2_cpu* cpu) { return cpu->kernels->isa; }

@@ -1,0 +1,46 @@
+// What a context holds: kernels, threads, and scratch that grows to the largest call and stays.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "pi2_cpu.h"
+#include "pool.h"
+
+// Activations of n tokens, quantised for the integer kernels.
+struct QuantisedBatch {
+  std::vector<int8_t> quants, shuffled;
+  std::vector<float> scales, offsets;
+  int64_t cols = 0;
+
+  pi2::Quantised token(int64_t t) const {
+    const int64_t blocks = cols / pi2::kBlock;
+    return {quants.data() + t * cols, shuffled.data() + t * cols, scales.data() + t * blocks,
+            offsets.data() + t * blocks};
+  }
+};
+
+struct pi2_cpu {
+  pi2_cpu(const pi2::Kernels* table, int threads, const int32_t* cpus, bool use_integers)
+      : kernels(table), pool(threads, cpus), integer(use_integers) {}
+
+  const pi2::Kernels* kernels;
+  pi2::Pool pool;
+  bool integer;
+  QuantisedBatch batch;
+  std::vector<float> hidden;               // (n, k)
+  std::vector<const uint8_t*> down;        // rows of the active neurons
+  std::vector<float> coefficients;         // their activations
+  std::vector<std::vector<float>> slices;  // decoded weights, one buffer a chunk
+
+  bool integers_for(int32_t dtype) const { return integer && (dtype == PI2_Q8_0 || dtype == PI2_Q4_0); }
+  void quantise(const float* x, int64_t n, int64_t cols);
+};
+
+// A row of weights times one token, by integers or floats as the context and the format want.
+inline float dot(const pi2_cpu& cpu, int32_t dtype, const uint8_t* row, const float* x, int64_t t,
+                 int64_t cols) {
+  const auto type = static_cast<pi2::DType>(dtype);
+  if (cpu.integers_for(dtype)) return cpu.kernels->dot_quantised(type, row, cpu.batch.token(t), cols);
+  return cpu.kernels->dot(type, row, x + t * cols, cols);
+}

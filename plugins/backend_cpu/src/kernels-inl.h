@@ -1,0 +1,215 @@
+// The kernels, written once over V, the vector primitives of one instruction set.
+//
+// V::F is kWidth floats.  Every translation unit that includes this sits in its own anonymous namespace and
+// includes no standard C++ header: code compiled for a new CPU must never be the copy that the linker keeps.
+#include "kernels.h"
+
+namespace pi2 {
+namespace {
+
+template <class V>
+struct Make {
+  using F = typename V::F;
+  static constexpr int W = V::kWidth;
+  static constexpr int kVecs = kBlock / W;  // vectors in a block
+
+  // The kBlock values of block b of a row, without their scale.
+  template <DType D>
+  static inline void block(const uint8_t* row, int64_t b, F v[kVecs]) {
+    if constexpr (D == DType::kF32) {
+      for (int i = 0; i < kVecs; ++i)
+        v[i] = V::load(reinterpret_cast<const float*>(row) + b * kBlock + i * W);
+    } else if constexpr (D == DType::kF16) {
+      for (int i = 0; i < kVecs; ++i)
+        v[i] = V::load_half(reinterpret_cast<const uint16_t*>(row) + b * kBlock + i * W);
+    } else if constexpr (D == DType::kQ8_0) {
+      for (int i = 0; i < kVecs; ++i)
+        v[i] = V::load_int8(reinterpret_cast<const int8_t*>(row) + b * kBlock + i * W);
+    } else {
+      V::load_nibbles(row + b * (kBlock / 2), v);  // (nibble - 8), in the order of the columns
+    }
+  }
+
+  template <DType D>
+  static inline float scale(const uint8_t* row, int64_t b, int64_t cols) {
+    if constexpr (D == DType::kF32 || D == DType::kF16) return 1.0f;
+    return V::half(row + quant_bytes(D, cols) + 2 * b);
+  }
+
+  template <DType D>
+  static inline float element(const uint8_t* row, int64_t c) {  // columns behind the last whole block
+    if constexpr (D == DType::kF32) return reinterpret_cast<const float*>(row)[c];
+    return V::half(row + 2 * c);
+  }
+
+  template <DType D>
+  static float dot_of(const uint8_t* row, const float* x, int64_t cols) {
+    F sum[kVecs];
+    for (auto& s : sum) s = V::zero();
+    const int64_t blocks = cols / kBlock;
+    for (int64_t b = 0; b < blocks; ++b) {
+      F w[kVecs];
+      block<D>(row, b, w);
+      const F s = V::broadcast(scale<D>(row, b, cols));
+      for (int i = 0; i < kVecs; ++i) {
+        const F xi = V::load(x + b * kBlock + i * W);
+        sum[i] = V::fma(w[i], D == DType::kF32 || D == DType::kF16 ? xi : V::mul(xi, s), sum[i]);
+      }
+    }
+    float total = V::sum(sum);
+    if constexpr (D == DType::kF32 || D == DType::kF16)
+      for (int64_t c = blocks * kBlock; c < cols; ++c) total += element<D>(row, c) * x[c];
+    return total;
+  }
+
+  static float dot(DType dtype, const uint8_t* row, const float* x, int64_t cols) {
+    switch (dtype) {
+      case DType::kF32: return dot_of<DType::kF32>(row, x, cols);
+      case DType::kF16: return dot_of<DType::kF16>(row, x, cols);
+      case DType::kQ8_0: return dot_of<DType::kQ8_0>(row, x, cols);
+      default: return dot_of<DType::kQ4_0>(row, x, cols);
+    }
+  }
+
+  // k rows' columns [first, last) as floats, (k, last - first): what a matrix product over many tokens reads.
+  template <DType D>
+  static void decode_of(const uint8_t* const* rows, int64_t k, int64_t cols, int64_t first, int64_t last,
+                        float* out) {
+    for (int64_t n = 0; n < k; ++n, out += last - first) {
+      for (int64_t b = first / kBlock; b < last / kBlock; ++b) {
+        F w[kVecs];
+        block<D>(rows[n], b, w);
+        const F s = V::broadcast(scale<D>(rows[n], b, cols));
+        for (int i = 0; i < kVecs; ++i) V::store(out + b * kBlock - first + i * W, V::mul(w[i], s));
+      }
+      if constexpr (D == DType::kF32 || D == DType::kF16)
+        for (int64_t c = last / kBlock * kBlock; c < last; ++c) out[c - first] = element<D>(rows[n], c);
+    }
+  }
+
+  static void decode(DType dtype, const uint8_t* const* rows, int64_t k, int64_t cols, int64_t first,
+                     int64_t last, float* out) {
+    switch (dtype) {
+      case DType::kF32: return decode_of<DType::kF32>(rows, k, cols, first, last, out);
+      case DType::kF16: return decode_of<DType::kF16>(rows, k, cols, first, last, out);
+      case DType::kQ8_0: return decode_of<DType::kQ8_0>(rows, k, cols, first, last, out);
+      default: return decode_of<DType::kQ4_0>(rows, k, cols, first, last, out);
+    }
+  }
+
+  // y[0 .. width) += sum over k of h[k] * w[k][0 .. width); w is (k, width)
+  static void add_product(const float* h, const float* w, int64_t k, int64_t width, float* y) {
+    int64_t c = 0;
+    for (; c + kBlock <= width; c += kBlock) {
+      F acc[kVecs];
+      for (int i = 0; i < kVecs; ++i) acc[i] = V::load(y + c + i * W);
+      for (int64_t n = 0; n < k; ++n) {
+        if (h[n] == 0) continue;
+        const F hn = V::broadcast(h[n]);
+        for (int i = 0; i < kVecs; ++i) acc[i] = V::fma(hn, V::load(w + n * width + c + i * W), acc[i]);
+      }
+      for (int i = 0; i < kVecs; ++i) V::store(y + c + i * W, acc[i]);
+    }
+    for (; c < width; ++c)
+      for (int64_t n = 0; n < k; ++n)
+        if (h[n] != 0) y[c] += h[n] * w[n * width + c];
+  }
+
+  // Two neighbouring blocks at a time: their outputs stay in registers while all rows pass by.
+  template <DType D, int B>
+  static inline void combine_blocks(const uint8_t* const* rows, const float* h, int64_t k, int64_t cols,
+                                    int64_t b, float* out) {
+    F acc[B][kVecs];
+    for (auto& line : acc)
+      for (auto& a : line) a = V::zero();
+    for (int64_t n = 0; n < k; ++n) {
+      if (n + kAhead < k) {
+        V::prefetch(rows[n + kAhead] + (D == DType::kQ4_0 ? b * 16 : D == DType::kQ8_0 ? b * 32 : b * 64));
+      }
+      for (int j = 0; j < B; ++j) {
+        F w[kVecs];
+        block<D>(rows[n], b + j, w);
+        const F coefficient = V::broadcast(h[n] * scale<D>(rows[n], b + j, cols));
+        for (int i = 0; i < kVecs; ++i) acc[j][i] = V::fma(w[i], coefficient, acc[j][i]);
+      }
+    }
+    for (int j = 0; j < B; ++j)
+      for (int i = 0; i < kVecs; ++i) V::store(out + (b + j) * kBlock + i * W, acc[j][i]);
+  }
+
+  static constexpr int64_t kAhead = 8;  // rows: a row's slice is about two lines, memory some 100 ns away
+
+  template <DType D>
+  static void combine_of(const uint8_t* const* rows, const float* h, int64_t k, int64_t cols, int64_t first,
+                         int64_t last, float* out) {
+    int64_t b = first / kBlock;
+    const int64_t end = last / kBlock;
+    for (; b + V::kBlocks <= end; b += V::kBlocks) combine_blocks<D, V::kBlocks>(rows, h, k, cols, b, out);
+    for (; b < end; ++b) combine_blocks<D, 1>(rows, h, k, cols, b, out);
+    if constexpr (D == DType::kF32 || D == DType::kF16)
+      for (int64_t c = end * kBlock; c < last; ++c) {
+        float sum = 0;
+        for (int64_t n = 0; n < k; ++n) sum += h[n] * element<D>(rows[n], c);
+        out[c] = sum;
+      }
+  }
+
+  static void combine(DType dtype, const uint8_t* const* rows, const float* h, int64_t k, int64_t cols,
+                      int64_t first, int64_t last, float* out) {
+    switch (dtype) {
+      case DType::kF32: return combine_of<DType::kF32>(rows, h, k, cols, first, last, out);
+      case DType::kF16: return combine_of<DType::kF16>(rows, h, k, cols, first, last, out);
+      case DType::kQ8_0: return combine_of<DType::kQ8_0>(rows, h, k, cols, first, last, out);
+      default: return combine_of<DType::kQ4_0>(rows, h, k, cols, first, last, out);
+    }
+  }
+
+  // Blocks whose nibbles V meets together: their low halves come first in the shuffled order.
+  static void quantise(const float* x, int64_t cols, int8_t* quants, int8_t* shuffled, float* scales,
+                       float* offsets) {
+    const int64_t blocks = cols / kBlock;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const float* xb = x + b * kBlock;
+      F most = V::zero();
+      for (int i = 0; i < kVecs; ++i) most = V::max(most, V::abs(V::load(xb + i * W)));
+      const float largest = V::max_of(most);
+      if (!(largest < 3.4e38f)) {  // not finite: so is every product with this block
+        scales[b] = offsets[b] = __builtin_nanf("");
+        for (int i = 0; i < kBlock; ++i) quants[b * kBlock + i] = 0;
+        continue;
+      }
+      const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+      int32_t sum = 0;
+      for (int i = 0; i < kBlock; ++i) {
+        const float v = xb[i] * inverse;
+        const int32_t q = static_cast<int32_t>(v < 0 ? v - 0.5f : v + 0.5f);
+        quants[b * kBlock + i] = static_cast<int8_t>(q);
+        sum += q;
+      }
+      scales[b] = largest / 127.0f;
+      offsets[b] = -8.0f * scales[b] * static_cast<float>(sum);
+    }
+    int64_t b = 0;
+    for (; b < blocks; b += b + V::kPaired <= blocks ? V::kPaired : 1) {
+      const int paired = b + V::kPaired <= blocks ? V::kPaired : 1;
+      for (int j = 0; j < paired; ++j)
+        for (int i = 0; i < kBlock / 2; ++i) {
+          const int8_t* q = quants + (b + j) * kBlock;
+          int8_t* s = shuffled + b * kBlock + j * (kBlock / 2);
+          s[i] = q[i];
+          s[i + paired * (kBlock / 2)] = q[i + kBlock / 2];
+        }
+    }
+  }
+
+  static float dot_quantised(DType dtype, const uint8_t* row, const Quantised& x, int64_t cols) {
+    return dtype == DType::kQ4_0 ? V::dot_q4(row, x, cols) : V::dot_q8(row, x, cols);
+  }
+
+  static constexpr Kernels table() {
+    return {V::kName, quantise, dot, dot_quantised, combine, decode, add_product};
+  }
+};
+
+}  // namespace
+}  // namespace pi2

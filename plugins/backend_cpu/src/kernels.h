@@ -1,0 +1,46 @@
+// The table of kernels that each instruction set fills in; chosen once, when the library is loaded.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace pi2 {
+
+enum class DType : int32_t { kF32 = 0, kF16 = 1, kQ8_0 = 2, kQ4_0 = 3 };
+constexpr int kBlock = 32;  // weights that share a scale
+
+// One token's activations, quantised in blocks of kBlock as q8_0 does, for the integer kernels.
+struct Quantised {
+  const int8_t* quants;    // (cols): in natural order, for q8_0 weights
+  const int8_t* shuffled;  // (cols): in the order in which the ISA meets the nibbles of q4_0 weights
+  const float* scales;     // (cols / 32)
+  const float* offsets;    // (cols / 32): -8 * scale * sum of the block's quants, for q4_0 weights
+};
+
+struct Kernels {
+  const char* isa;
+  // x (cols) -> quants, shuffled (cols), scales, offsets (cols / 32)
+  void (*quantise)(const float* x, int64_t cols, int8_t* quants, int8_t* shuffled, float* scales,
+                   float* offsets);
+  // Exact products: row of any format times float x (cols).
+  float (*dot)(DType dtype, const uint8_t* row, const float* x, int64_t cols);
+  // Row of q8_0 or q4_0 times quantised activations.
+  float (*dot_quantised)(DType dtype, const uint8_t* row, const Quantised& x, int64_t cols);
+  // out[first .. last) = sum over k of h[k] * rows[k][first .. last); multiples of kBlock, last may be cols.
+  void (*combine)(DType dtype, const uint8_t* const* rows, const float* h, int64_t k, int64_t cols,
+                  int64_t first, int64_t last, float* out);
+  // Columns [first, last) of k rows as floats, (k, last - first); the bounds as for combine.
+  void (*decode)(DType dtype, const uint8_t* const* rows, int64_t k, int64_t cols, int64_t first,
+                 int64_t last, float* out);
+  // y[0 .. width) += sum over k of h[k] * w[k][0 .. width), with w (k, width); zeros in h are skipped.
+  void (*add_product)(const float* h, const float* w, int64_t k, int64_t width, float* y);
+};
+
+// Bytes from the start of a row to its scales (quantised formats only).
+inline int64_t quant_bytes(DType dtype, int64_t cols) { return dtype == DType::kQ8_0 ? cols : cols / 2; }
+
+const Kernels* kernels_scalar();
+const Kernels* kernels_avx2();
+const Kernels* kernels_neon();
+const Kernels* kernels_neon_dotprod();
+
+}  // namespace pi2

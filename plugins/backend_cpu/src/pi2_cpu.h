@@ -1,0 +1,60 @@
+/* The C interface of pi2's CPU kernels: all that anyone outside includes.
+ *
+ * Weights stay where the caller has them, in pi2's row layout (pi2.tensor): float32, float16, or the quants
+ * of a row followed by its float16 scales, one for 32 weights.  Nothing here allocates per call but scratch
+ * that the context keeps.  A context serves one call at a time.
+ */
+#ifndef PI2_CPU_H
+#define PI2_CPU_H
+#include <stdint.h>
+
+#define PI2_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum pi2_dtype { PI2_NONE = -1, PI2_F32 = 0, PI2_F16 = 1, PI2_Q8_0 = 2, PI2_Q4_0 = 3 };
+enum pi2_activation { PI2_RELU = 0, PI2_RELU2 = 1, PI2_SILU = 2, PI2_GELU = 3, PI2_GELU_TANH = 4 };
+
+typedef struct pi2_cpu pi2_cpu; /* threads and scratch */
+
+typedef struct {
+  const uint8_t* data; /* (rows, row_bytes) */
+  int64_t rows, cols, row_bytes;
+  int32_t dtype;
+} pi2_matrix;
+
+typedef struct {
+  const uint8_t* bundles; /* (count, stride) */
+  int64_t count, stride, d_model;
+  int32_t gate, up, down;                                   /* dtypes; gate may be PI2_NONE */
+  int64_t gate_offset, up_offset, down_offset, bias_offset; /* bytes in a bundle; bias_offset -1: none */
+  int32_t activation, up_relu;
+} pi2_ffn;
+
+/* Newline-separated instruction sets that this build has and this CPU can run, best first. */
+PI2_API const char* pi2_cpu_isas(void);
+
+/* A context with `threads` threads, the caller's included; `cpus` (threads) pins them, or NULL.  `isa` NULL:
+ * the one that the environment variable PI2_CPU_ISA names, else the best. `integer` != 0: quantised weights
+ * meet activations quantised to 8 bits; 0: float32 activations, exact. NULL if `isa` is not to be had. */
+PI2_API pi2_cpu* pi2_cpu_open(int32_t threads, const int32_t* cpus, const char* isa, int32_t integer);
+PI2_API void pi2_cpu_close(pi2_cpu* cpu);
+
+/* The instruction set that the context uses. */
+PI2_API const char* pi2_cpu_isa(const pi2_cpu* cpu);
+
+/* out[t][j] = sum over c of x[t][c] * w[rows[j]][c]; rows NULL: all.  x (n, cols), out (n, n_rows). */
+PI2_API void pi2_cpu_linear(pi2_cpu* cpu, const pi2_matrix* w, const float* x, int64_t n, const int32_t* rows,
+                            int64_t n_rows, float* out);
+
+/* out[t] = sum over i of h[t][i] * down[rows[i]] (pi2.api.Backend.ffn); x and out (n, d_model).
+ * Returns the number of (t, i) with h != 0. */
+PI2_API int64_t pi2_cpu_ffn(pi2_cpu* cpu, const pi2_ffn* ffn, const float* x, int64_t n, const int32_t* rows,
+                            int64_t n_rows, float* out);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

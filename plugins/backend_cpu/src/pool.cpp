@@ -1,0 +1,106 @@
+#include "pool.h"
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#endif
+
+namespace pi2 {
+namespace {
+
+// About 50 us of pausing: longer than the gap between two calls of one layer, shorter than a time slice.
+constexpr int kSpins = 2000;
+constexpr int kSpinsBeforeYield = 200;  // on a busy machine the thread waited for may need this very core
+
+void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+void pin(int cpu) {
+#if defined(__linux__)
+  if (cpu < 0) return;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  pthread_setaffinity_np(pthread_self(), sizeof set,
+                         &set);  // best effort: the plan may name a core that is off
+#else
+  (void)cpu;
+#endif
+}
+
+}  // namespace
+
+Pool::Pool(int threads, const int32_t* cpus) {
+  for (int i = 1; i < threads; ++i) {
+    const int cpu = cpus ? cpus[i] : -1;
+    workers_.emplace_back([this, cpu] { loop(cpu); });
+  }
+}
+
+Pool::~Pool() {
+  stop_.store(true);
+  job_.fetch_add(1);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    wake_.notify_all();
+  }
+  for (auto& worker : workers_) worker.join();
+}
+
+void Pool::run(Task task, void* context, int64_t chunks) {
+  if (workers_.empty() || chunks < 2) {
+    for (int64_t i = 0; i < chunks; ++i) task(context, i);
+    return;
+  }
+  task_ = task;
+  context_ = context;
+  chunks_ = chunks;
+  next_.store(0, std::memory_order_relaxed);
+  busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+  job_.fetch_add(1);  // sequentially consistent, as is the load of sleepers_: no wake-up is lost
+  if (sleepers_.load() > 0) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    wake_.notify_all();
+  }
+  work();
+  for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
+    if (spins < kSpinsBeforeYield) pause();
+    else std::this_thread::yield();
+  }
+}
+
+void Pool::work() {
+  for (;;) {
+    const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
+    if (i >= chunks_) return;
+    task_(context_, i);
+  }
+}
+
+void Pool::loop(int cpu) {
+  pin(cpu);
+  uint32_t seen = 0;
+  for (;;) {
+    for (int spins = 0; job_.load(std::memory_order_acquire) == seen && spins < kSpins; ++spins) {
+      if (spins % kSpinsBeforeYield == kSpinsBeforeYield - 1) std::this_thread::yield();
+      else pause();
+    }
+    if (job_.load() == seen) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      sleepers_.fetch_add(1);
+      wake_.wait(lock, [&] { return job_.load() != seen; });
+      sleepers_.fetch_sub(1);
+    }
+    seen = job_.load(std::memory_order_acquire);
+    if (stop_.load()) return;
+    work();
+    busy_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+}  // namespace pi2

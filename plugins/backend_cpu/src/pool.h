@@ -1,0 +1,49 @@
+// Threads that wait for work in a spin, then asleep; work is claimed in chunks by an atomic counter.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace pi2 {
+
+class Pool {
+ public:
+  // `threads` in all, the caller's included; worker i is pinned to cpus[i] where cpus is given.
+  Pool(int threads, const int32_t* cpus);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int size() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Calls task(context, i) for every i in [0, chunks), in any order and on any thread; returns when all are
+  // done.
+  using Task = void (*)(void* context, int64_t chunk);
+  void run(Task task, void* context, int64_t chunks);
+
+  template <class Body>
+  void for_each(int64_t chunks, Body&& body) {
+    run([](void* b, int64_t i) { (*static_cast<Body*>(b))(i); }, &body, chunks);
+  }
+
+ private:
+  void work();
+  void loop(int cpu);
+
+  Task task_ = nullptr;
+  void* context_ = nullptr;
+  int64_t chunks_ = 0;
+  std::atomic<int64_t> next_{0};
+  std::atomic<int> busy_{0};      // workers that have not finished the present job
+  std::atomic<uint32_t> job_{0};  // counts the jobs; a change wakes the workers
+  std::atomic<int> sleepers_{0};
+  std::atomic<bool> stop_{false};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace pi2

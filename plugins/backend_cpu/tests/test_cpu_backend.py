@@ -1,0 +1,131 @@
+"""What the conformance kit does not ask: threads, instruction sets, options, a library that is missing."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pi2_backend_cpu
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pi2.api import FfnSpec
+from pi2.bundle import BundleGeometry
+from pi2.engine import Engine
+from pi2.errors import OptionError
+from pi2.plugins import Plugins
+from pi2.sampling import Sampling
+from pi2.tensor import DTYPES, Tensor
+from pi2.testing import BackendTests
+from pi2.testing.models import toy_architecture, write_toy_model
+from pi2_backend_cpu import native
+from pi2_backend_cpu.backend import CpuBackend
+
+ISAS = native.instruction_sets(native.library())
+
+
+class EveryWay(BackendTests):
+    plugin = CpuBackend
+
+
+for _isa in ISAS:
+    for _activations in ("int8", "f32"):
+        _options = {"isa": _isa, "activations": _activations, "threads": "2"}
+        _name = f"Test_{_isa}_{_activations}"
+        globals()[_name] = type(_name, (EveryWay,), {"options": _options})
+del EveryWay
+
+
+def test_this_cpu_has_more_than_scalar_kernels():
+    assert ISAS[-1] == "scalar"
+    assert len(ISAS) > 1
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    dtype=st.sampled_from(DTYPES),
+    n=st.sampled_from([1, 2, 7]),
+    isa=st.sampled_from(ISAS),
+)
+def test_the_bits_do_not_depend_on_the_threads(seed, dtype, n, isa):
+    rng = np.random.default_rng(seed)
+    d, k = 32 * int(rng.integers(1, 20)), int(rng.integers(1, 400))
+    geometry = BundleGeometry(d, dtype, dtype, dtype)
+    bundles = np.zeros((k, geometry.stride), np.uint8)
+    for part in ("gate", "up", "down"):
+        geometry.pack_into(bundles, part, rng.standard_normal((k, d), np.float32))
+    weight = Tensor.from_f32(rng.standard_normal((k, d), np.float32), dtype)
+    x = rng.standard_normal((n, d), np.float32)
+    results = []
+    for threads in (1, 2, 3, 8):
+        backend = CpuBackend(threads=threads, isa=isa)
+        out, y = np.empty((n, k), np.float32), np.empty((n, d), np.float32)
+        backend.linear(backend.place(weight), x, out)
+        active = backend.ffn(backend.place_ffn(bundles, FfnSpec(geometry, "relu")), x, y)
+        results.append((out.tobytes(), y.tobytes(), active))
+        backend.close()
+    assert len(set(results)) == 1
+
+
+@pytest.mark.parametrize("quant", ["q4_0", "q8_0", "f16"])
+def test_a_model_says_the_same_with_any_number_of_threads(tmp_path, quant):
+    model = write_toy_model(tmp_path / "toy", toy_architecture(), quant=quant)
+    plugins = Plugins.installed()
+    texts = []
+    for threads in (1, 2, 3, 8):
+        with Engine.open(model, backend=f"cpu:threads={threads}", plugins=plugins) as engine:
+            generation = engine.generate(list(range(40)), Sampling(max_tokens=24))
+            texts.append([piece.token for piece in generation])
+            assert f"{threads} threads, int8" in engine.setup()["config"]["parts"]["backend"]
+    assert texts.count(texts[0]) == 4
+
+
+def test_the_environment_forces_an_instruction_set(monkeypatch):
+    monkeypatch.setenv("PI2_CPU_ISA", "scalar")
+    backend = CpuBackend.open({"threads": "1"})
+    assert backend.describe() == "scalar, 1 threads, int8"
+    backend.close()
+    backend.close()
+    monkeypatch.setenv("PI2_CPU_ISA", "sse9")
+    with pytest.raises(OptionError, match="no kernels that PI2_CPU_ISA names"):
+        CpuBackend.open()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"isa": "altivec"}, "no altivec kernels"),
+        ({"threads": "0"}, "0 threads cannot be"),
+        ({"threads": "100000"}, "cannot be"),
+        ({"activations": "int4"}, "int8 or f32"),
+        ({"thread": "1"}, "no option 'thread'"),
+    ],
+)
+def test_bad_options_are_refused(options, said):
+    with pytest.raises(OptionError, match=said):
+        CpuBackend.open(options)
+
+
+def test_without_the_library_the_probe_says_how_to_get_it(tmp_path):
+    package = Path(pi2_backend_cpu.__file__).parent
+    copy = shutil.copytree(package, tmp_path / "pi2_backend_cpu", ignore=shutil.ignore_patterns("*.so"))
+    assert not list(copy.glob("*.so"))
+    code = (
+        "from pi2_backend_cpu.backend import CpuBackend as C; from pi2.errors import PluginError\n"
+        "print(C.probe().score, C.probe().reason)\n"
+        "try: C.open()\n"
+        "except PluginError as e: print(e.hint)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("0 the kernels are missing")
+    assert done.stdout.count("install g++ or clang") == 2
+
+
+def test_the_plugin_registers_one_backend():
+    plugins = Plugins()
+    plugins.add("cpu", pi2_backend_cpu)
+    assert plugins.pick("backends") is CpuBackend
