@@ -202,7 +202,9 @@ def test_real_vocabularies_give_the_tokens_of_llama_cpp_and_of_transformers(gguf
     def agree(text):
         ids = own.encode(text).ids
         assert ids == peer(text)
-        assert theirs is None or ids == theirs(text)["input_ids"]
+        # transformers builds this tokenizer without SmolLM's rule that a number such as ¼ stands alone
+        if theirs is not None and not {unicodedata.category(c) for c in text} & {"Nl", "No"}:
+            assert ids == theirs(text)["input_ids"]
 
     agree()
 

@@ -45,11 +45,12 @@ def theirs(gguf) -> tuple[list[int], float]:
     return ids, result
 
 
-@pytest.mark.parametrize("quant", ["f32", "q8_0"])
-def test_the_perplexity_is_llama_cpps_within_half_a_percent(gguf, theirs, tmp_path, quant):
+@pytest.mark.parametrize(("quant", "share"), [("f32", 0.005), ("q8_0", 0.01)])
+def test_the_perplexity_is_llama_cpps(gguf, theirs, tmp_path, quant, share):
+    """Within half a percent on the same weights; requantised from Q4_1 to q8_0, within one."""
     ids, expected = theirs
     model = convert(GgufFormat.open().load(gguf), tmp_path / "smollm2.pi2", QuantPlan.named(quant))
     with Engine.open(model, backend="numpy") as engine:
         assert engine.encode(TEXT)[: len(ids)] == ids
         found = perplexity(lambda chunk: engine.session().logits(chunk), ids)
-    assert found == pytest.approx(expected, rel=0.005), (found, expected)
+    assert found == pytest.approx(expected, rel=share), (found, expected)
