@@ -202,8 +202,8 @@ def test_real_vocabularies_give_the_tokens_of_llama_cpp_and_of_transformers(gguf
     def agree(text):
         ids = own.encode(text).ids
         assert ids == peer(text)
-        # transformers builds this tokenizer without SmolLM's rule that a number such as ¼ stands alone
-        if theirs is not None and not {unicodedata.category(c) for c in text} & {"Nl", "No"}:
+        # transformers builds this tokenizer without SmolLM's rule that every numeral stands alone
+        if theirs is not None and not any(unicodedata.category(c).startswith("N") for c in text):
             assert ids == theirs(text)["input_ids"]
 
     agree()
