@@ -124,8 +124,9 @@ class Architecture:
                      "n_neurons", "max_context"):  # fmt: skip
             if not 0 < getattr(self, name) <= limit:
                 raise FormatError(f"{name} = {getattr(self, name)} cannot be")
-        if any(not 0 <= i < self.vocab_size for i in (self.bos_id or 0, *self.eos_ids)):
-            raise FormatError("a special token lies outside of the vocabulary")
+        for token in (self.bos_id or 0, *self.eos_ids):
+            if not 0 <= token < self.vocab_size:
+                raise FormatError(f"the special token {token} is outside of the vocabulary")
         if self.n_layers > 4096:
             raise FormatError(f"n_layers = {self.n_layers} cannot be")
         if self.n_heads % self.n_kv_heads:
