@@ -1,9 +1,11 @@
-"""A stranger's plugin from nothing: written in 40 lines, installed by pip, conforming, running a model."""
+"""The README's example, a stranger's plugin: 40 lines, installed by pip, conforming, running a model."""
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from pi2.plugins import Plugins
@@ -23,54 +25,8 @@ dependencies = ["pi2>=0.1,<0.2"]
 toy = "pi2_backend_toy"
 """
 
-MODULE = '''"""A backend in plain NumPy, one token after the other."""
-import numpy as np
-from pi2.activations import hidden
-from pi2.api import Backend, Probe
-from pi2.hookspecs import hookimpl
-
-PI2_API_VERSION = 1
-
-class ToyBackend(Backend):
-    name = "toy"
-
-    @classmethod
-    def probe(cls):
-        return Probe(1, "plain NumPy")
-
-    def place(self, weight):
-        return weight.to_f32()
-
-    def linear(self, weight, x, out, rows=None):
-        np.matmul(x, (weight if rows is None else weight[rows]).T, out=out)
-
-    def place_ffn(self, bundles, spec):
-        return spec, spec.geometry.unpack(bundles)
-
-    def ffn(self, ffn, x, out, rows=None):
-        spec, neurons = ffn
-        n, count = neurons if rows is None else neurons[rows], 0
-        bias = [0 if b is None else b for b in (n.gate_bias, n.up_bias)]
-        for token, y in zip(x, out):
-            gate = None if n.gate is None else np.vecdot(n.gate, token) + bias[0]
-            h = hidden(spec, gate, np.vecdot(n.up, token) + bias[1])
-            active = np.flatnonzero(h)
-            np.dot(h[active], n.down[active], out=y)
-            count += len(active)
-        return count
-
-@hookimpl
-def pi2_backends():
-    return [ToyBackend]
-'''
-
-CONFORMANCE = """
-from pi2.testing import BackendTests
-from pi2_backend_toy import ToyBackend
-
-class TestToyBackend(BackendTests):
-    plugin = ToyBackend
-"""
+README = (Path(__file__).parent.parent / "README.md").read_text()
+MODULE, CONFORMANCE = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
