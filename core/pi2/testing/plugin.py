@@ -16,8 +16,12 @@ _INHERITED = (HealthCheck.differing_executors, HealthCheck.too_slow, HealthCheck
 
 
 def examples(count: int) -> settings:
-    """Run a property ``count`` times, however slow the device is."""
-    return settings(max_examples=count, deadline=None, suppress_health_check=_INHERITED)
+    """Run a property ``count`` times, however slow the device is.
+
+    ``pytest --hypothesis-profile`` scales every count: ``max_examples`` of the profile is the percentage.
+    """
+    scaled = max(1, count * settings().max_examples // 100)  # 100 is hypothesis' own default
+    return settings(max_examples=scaled, deadline=None, suppress_health_check=_INHERITED)
 
 
 class PluginTests:
