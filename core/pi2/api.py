@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkab
 import numpy as np
 from numpy.typing import NDArray
 
+from pi2.attention import AttentionSpec
 from pi2.bundle import BundleGeometry
 from pi2.errors import OptionError
 from pi2.tensor import F32, U8, Ids, Tensor
@@ -230,6 +231,23 @@ class ModelView(Protocol):
 
     def bundles(self, ffn: int) -> U8:
         """(neurons, stride) uint8, read-only."""
+        ...
+
+
+@runtime_checkable
+class SupportsAttention(Protocol):
+    """Optional power of a backend that computes a whole attention block in one call."""
+
+    def place_attention(self, spec: AttentionSpec) -> object:
+        """Make the block usable on this device; only this backend can read the handle (``release``)."""
+        ...
+
+    def attention(self, block: Any, x: F32, keys: F32, values: F32, start: int, out: F32) -> None:
+        """``out`` = the block of ``x``, both (n, d), for the tokens at positions start ... start + n - 1.
+
+        ``keys`` and ``values`` (kv_heads, room, head_dim), float32, C-contiguous, hold the ``start`` tokens
+        before; those of ``x`` are written behind them, nothing else is.  room >= start + n.
+        """
         ...
 
 

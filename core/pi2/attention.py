@@ -1,10 +1,47 @@
-"""Causal attention over a KV cache in NumPy: grouped heads, sliding window, softcap."""
+"""Causal attention over a KV cache: an attention block as a value, and the attention itself in NumPy."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from pi2.tensor import F32
+from pi2.norm import Norm
+from pi2.rope import RopeTable
+from pi2.tensor import F32, Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """One attention block, its residual connection included.  Shapes: d = d_model, h = head_dim.
+
+        y = norm(x);  q, k, v = y @ weights.T + biases;  q_norm, k_norm over each head;  RoPE on q and k
+        a = softmax(softcap(scale q.k)) v        each token over itself and those before it, or ``window``
+        out = sum_norm(x + post_norm(a @ o.T + o_bias))
+
+    Whatever is None is left out.  Query head i reads KV head ``i // (heads / kv_heads)``.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    q: Tensor  # (heads * h, d)
+    k: Tensor  # (kv_heads * h, d)
+    v: Tensor  # (kv_heads * h, d)
+    o: Tensor  # (d, heads * h)
+    q_bias: F32 | None = None
+    k_bias: F32 | None = None
+    v_bias: F32 | None = None
+    o_bias: F32 | None = None
+    norm: Norm | None = None
+    q_norm: Norm | None = None  # (h,)
+    k_norm: Norm | None = None  # (h,)
+    post_norm: Norm | None = None
+    sum_norm: Norm | None = None
+    rope: RopeTable | None = None
+    scale: float = 1.0
+    window: int | None = None  # a token sees itself and window - 1 tokens before it
+    softcap: float | None = None  # c: scores become c tanh(score / c)
 
 
 def attend(

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pi2.api import Backend, FfnSpec, Predictor
-from pi2.attention import attend
+from pi2.api import Backend, FfnSpec, Predictor, SupportsAttention
+from pi2.attention import AttentionSpec, attend
 from pi2.inventory import dense_matrices, dense_vectors
 from pi2.kv_cache import KvCache
+from pi2.norm import Norm
 from pi2.rope import RopeTable
 from pi2.tensor import F32, Tensor
 
@@ -45,16 +46,24 @@ class Decoder:
         matrices = dense_matrices(arch)
         self._rows = {name: rows for name, (rows, _) in matrices.items()}
         self._tables = {name: model.matrix(name) for name in matrices if name.startswith("embed.")}
-        placed = [name for name in matrices if name not in self._tables]
+        self._fused = backend if isinstance(backend, SupportsAttention) else None
+        placed = [name for name in matrices if not name.startswith("embed.")]
+        if self._fused:
+            placed = [name for name in placed if ".attn." not in name]
         self._weights: dict[str, Any] = {name: backend.place(model.matrix(name)) for name in placed}
         if arch.tied:
             self._weights["head.weight"] = backend.place(self._tables["embed.weight"])
             self._rows["head.weight"] = arch.vocab_size
         self._vectors = {name: model.vector(name) for name in dense_vectors(arch)}
+        weights = [name for name in self._vectors if name.endswith("norm.weight")]
+        self._norms = {name.removesuffix(".weight"): self._norm(name) for name in weights}
         spec = FfnSpec(model.geometry, arch.activation, arch.up_relu)
         self._ffns = [backend.place_ffn(model.bundles(i), spec) for i in range(arch.n_layers)]
         self._rope = RopeTable(arch.rope) if arch.rope else None
         self._local_rope = RopeTable(arch.local_rope) if arch.local_rope else self._rope
+        if self._fused:
+            specs = (self._attention_spec(model, layer) for layer in range(arch.n_layers))
+            self._attentions = [self._fused.place_attention(spec) for spec in specs]
 
     def forward(self, ids: TokenIds, cache: KvCache, *, all_logits: bool = False) -> F32:
         """Append ``ids`` (n,) to ``cache``; logits of the last token (vocab,), or of all (n, vocab)."""
@@ -62,7 +71,7 @@ class Decoder:
         cache.reserve(cache.length + n)
         x = self._embed(ids, cache.length)  # (n, d)
         for layer in range(self.arch.n_layers):
-            x = self._block(x, layer, "attn", self._attention(layer, cache))
+            x = self._attention_block(x, layer, cache)
             x = self._block(x, layer, "ffn", self._ffn(layer))
         cache.advance(n)
         if not all_logits:
@@ -80,13 +89,42 @@ class Decoder:
 
     def _block(self, x: F32, layer: int, name: str, compute: Any) -> F32:
         """One residual branch, with its norm before it, behind it, or on both sides."""
-        norm = f"layers.{layer}.{name}.norm"
+        norm = self._norms[f"layers.{layer}.{name}.norm"]
         if self.arch.norm_place == "post":
-            return self._norm(x + compute(x), norm)
-        y: F32 = compute(self._norm(x, norm))
+            return norm(x + compute(x))
+        y: F32 = compute(norm(x))
         if self.arch.norm_place == "sandwich":
-            y = self._norm(y, f"layers.{layer}.{name}.post_norm")
+            y = self._norms[f"layers.{layer}.{name}.post_norm"](y)
         return x + y
+
+    def _attention_block(self, x: F32, layer: int, cache: KvCache) -> F32:
+        if self._fused is None:
+            return self._block(x, layer, "attn", self._attention(layer, cache))
+        out = np.empty_like(x)
+        self._fused.attention(self._attentions[layer], x, *cache.layer(layer), cache.length, out)
+        return out
+
+    def _attention_spec(self, model: PiModel, layer: int) -> AttentionSpec:
+        arch, at = self.arch, f"layers.{layer}.attn"
+        windowed, post = arch.has_window(layer), arch.norm_place == "post"
+        norm = self._norms[f"{at}.norm"]
+        parts: dict[str, Any] = {name: model.matrix(f"{at}.{name}.weight") for name in "qkvo"}
+        parts |= {f"{name}_bias": self._vectors.get(f"{at}.{name}.bias") for name in "qkvo"}
+        return AttentionSpec(
+            heads=arch.n_heads,
+            kv_heads=arch.n_kv_heads,
+            head_dim=arch.head_dim,
+            **parts,
+            norm=None if post else norm,
+            q_norm=self._norms.get(f"{at}.q_norm"),
+            k_norm=self._norms.get(f"{at}.k_norm"),
+            post_norm=self._norms.get(f"{at}.post_norm"),
+            sum_norm=norm if post else None,
+            rope=self._local_rope if windowed else self._rope,
+            scale=arch.attn_scale,
+            window=arch.window if windowed else None,
+            softcap=arch.attn_softcap,
+        )
 
     def _attention(self, layer: int, cache: KvCache) -> Any:
         arch, at = self.arch, f"layers.{layer}.attn"
@@ -96,7 +134,7 @@ class Decoder:
         def heads(x: F32, name: str, count: int) -> F32:
             y = self._linear(x, f"{at}.{name}").reshape(len(x), count, arch.head_dim)
             if arch.qk_norm and name != "v":
-                y = _rms_norm(y, self._vectors[f"{at}.{name}_norm.weight"], arch.norm_eps)
+                y = self._norms[f"{at}.{name}_norm"](y)
             y = y.swapaxes(0, 1)  # (count, n, head_dim)
             return rope.rotate(y, cache.length) if rope and name != "v" else y
 
@@ -129,16 +167,14 @@ class Decoder:
         bias = self._vectors.get(f"{name}.bias")
         return out if bias is None else out + bias
 
-    def _norm(self, x: F32, name: str) -> F32:
-        weight, bias = self._vectors[f"{name}.weight"], self._vectors.get(f"{name}.bias")
-        if self.arch.norm == "layer":
-            x = x - x.mean(axis=-1, keepdims=True)
-        y = _rms_norm(x, weight, self.arch.norm_eps)  # of centred values: the layer norm
-        return y if bias is None else y + bias
+    def _norm(self, weight: str) -> Norm:
+        kind = "rms" if weight.endswith(("q_norm.weight", "k_norm.weight")) else self.arch.norm
+        bias = self._vectors.get(weight.removesuffix("weight") + "bias")
+        return Norm(kind, self._vectors[weight], bias, self.arch.norm_eps)
 
     def _logits(self, x: F32) -> F32:
         if self.arch.final_norm:
-            x = self._norm(x, "final_norm")
+            x = self._norms["final_norm"](x)
         logits = self._linear(x, "head")
         if self.arch.logit_scale != 1:
             logits *= np.float32(self.arch.logit_scale)
@@ -146,13 +182,6 @@ class Decoder:
             cap = np.float32(self.arch.logit_softcap)
             logits = np.tanh(logits / cap) * cap
         return logits
-
-
-def _rms_norm(x: F32, weight: F32, eps: float) -> F32:
-    """(..., d) / root mean square over the last axis * weight."""
-    mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
-    y: F32 = x / np.sqrt(mean_square + np.float32(eps)) * weight
-    return y
 
 
 def _gather(table: Tensor, ids: NDArray[Any]) -> F32:

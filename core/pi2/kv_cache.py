@@ -41,16 +41,20 @@ class KvCache:
             grown[:, :, :, : self.length] = self._store[:, :, :, : self.length]
             self._store, self._room = grown, room
 
+    def layer(self, layer: int) -> tuple[F32, F32]:
+        """All room for keys and values of a layer, (kv_heads, room, head_dim) each, C-contiguous."""
+        return self._store[layer, 0], self._store[layer, 1]
+
     def append(self, layer: int, keys: F32, values: F32) -> tuple[F32, F32]:
         """Write (kv_heads, n, head_dim) behind ``length``; return all keys and values of the layer.
 
         ``length`` itself moves once a token's last layer is done: ``advance``.
         """
         end = self.length + keys.shape[1]
-        store = self._store[layer]
-        store[0, :, self.length : end] = keys
-        store[1, :, self.length : end] = values
-        return store[0, :, :end], store[1, :, :end]
+        all_keys, all_values = self.layer(layer)
+        all_keys[:, self.length : end] = keys
+        all_values[:, self.length : end] = values
+        return all_keys[:, :end], all_values[:, :end]
 
     def advance(self, n: int) -> None:
         self.length += n

@@ -59,6 +59,7 @@ class RopeTable:
     """Cosines and sines of positions, computed when first needed and kept."""
 
     def __init__(self, rope: Rope) -> None:
+        self.dims = rope.dims
         self._frequencies = inverse_frequencies(rope)
         self._scale = rope.attn_factor if rope.kind == "yarn" else 1.0
         self._cos: F32 = np.empty((0, rope.dims // 2), np.float32)
@@ -66,17 +67,17 @@ class RopeTable:
 
     def rotate(self, heads: F32, start: int) -> F32:
         """Rotate ``heads`` (h, n, head_dim) whose tokens stand at ``start``, ``start + 1``, ..."""
-        n = heads.shape[1]
-        self._grow(start + n)
-        cos, sin = self._cos[start : start + n], self._sin[start : start + n]  # (n, dims / 2)
+        cos, sin = (table[start:] for table in self.until(start + heads.shape[1]))  # (n, dims / 2)
         half = cos.shape[1]
         first, second = heads[..., :half], heads[..., half : 2 * half]
         rotated = (first * cos - second * sin, second * cos + first * sin)
         return np.concatenate((*rotated, heads[..., 2 * half :]), axis=-1)
 
-    def _grow(self, length: int) -> None:
+    def until(self, length: int) -> tuple[F32, F32]:
+        """Cosines and sines of the positions below ``length``, (length, dims / 2) each, C-contiguous."""
         if length > len(self._cos):
             positions = np.arange(max(length, 2 * len(self._cos), 256), dtype=np.float64)
             angles = positions[:, None] * self._frequencies
             self._cos = (np.cos(angles) * self._scale).astype(np.float32)
             self._sin = (np.sin(angles) * self._scale).astype(np.float32)
+        return self._cos[:length], self._sin[:length]

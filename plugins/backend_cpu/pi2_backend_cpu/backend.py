@@ -8,7 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 from pi2.api import Backend, FfnSpec, Probe
+from pi2.attention import AttentionSpec
 from pi2.errors import OptionError, PluginError
+from pi2.norm import Norm
+from pi2.rope import RopeTable
 from pi2.tensor import F32, U8, Ids, Tensor
 
 from pi2_backend_cpu import native
@@ -24,6 +27,15 @@ class _Placed:
     struct: native.Matrix | native.Ffn
     rows: int
     bytes: U8
+
+
+@dataclass(frozen=True, slots=True)
+class _PlacedAttention:
+    """A C structure, the tables of its RoPE, and the arrays that it points into."""
+
+    struct: native.Attention
+    rope: RopeTable | None
+    arrays: list[F32 | U8]
 
 
 class CpuBackend(Backend):
@@ -72,9 +84,7 @@ class CpuBackend(Backend):
 
     def place(self, weight: Tensor) -> _Placed:
         data = np.ascontiguousarray(weight.data)
-        dtype = native.DTYPES[weight.dtype]
-        struct = native.Matrix(data.ctypes.data, weight.rows, weight.cols, data.shape[1], dtype)
-        return _Placed(struct, weight.rows, data)
+        return _Placed(_matrix(weight, data), weight.rows, data)
 
     def linear(self, weight: _Placed, x: F32, out: F32, rows: Ids | None = None) -> None:
         n_rows, row_ids = _selection(weight, rows)
@@ -105,6 +115,64 @@ class CpuBackend(Backend):
             self._cpu, ffn.struct, x.ctypes.data, len(x), row_ids, n_rows, out.ctypes.data
         )
         return active
+
+    def place_attention(self, spec: AttentionSpec) -> _PlacedAttention:
+        struct = native.Attention()
+        arrays: list[F32 | U8] = []
+
+        def address(vector: F32 | None) -> int | None:
+            if vector is None:
+                return None
+            arrays.append(np.ascontiguousarray(vector, np.float32))
+            return arrays[-1].ctypes.data
+
+        def norm(value: Norm | None) -> native.Norm:
+            if value is None:
+                return native.Norm()
+            return native.Norm(
+                address(value.weight), address(value.bias), value.eps, int(value.kind == "layer")
+            )
+
+        for name in ("q", "k", "v", "o"):
+            weight = getattr(spec, name)
+            data = np.ascontiguousarray(weight.data)
+            arrays.append(data)
+            setattr(struct, name, _matrix(weight, data))
+            setattr(struct, f"{name}_bias", address(getattr(spec, f"{name}_bias")))
+        for name in ("norm", "q_norm", "k_norm", "post_norm", "sum_norm"):
+            setattr(struct, name, norm(getattr(spec, name)))
+        for name in ("heads", "kv_heads", "head_dim", "scale"):
+            setattr(struct, name, getattr(spec, name))
+        struct.rope_dims = 0 if spec.rope is None else spec.rope.dims
+        struct.window, struct.softcap = spec.window or 0, spec.softcap or 0
+        return _PlacedAttention(struct, spec.rope, arrays)
+
+    def attention(
+        self, block: _PlacedAttention, x: F32, keys: F32, values: F32, start: int, out: F32
+    ) -> None:
+        cosines = sines = None
+        if block.rope:
+            tables = block.rope.until(start + len(x))
+            cosines, sines = (table.ctypes.data + start * table.strides[0] for table in tables)
+        self._lib.pi2_cpu_attention(
+            self._cpu,
+            block.struct,
+            x.ctypes.data,
+            len(x),
+            keys.ctypes.data,
+            values.ctypes.data,
+            keys.shape[1],
+            start,
+            cosines,
+            sines,
+            out.ctypes.data,
+        )
+
+
+def _matrix(weight: Tensor, data: U8) -> native.Matrix:
+    """The C structure of ``weight``, whose bytes lie in ``data``, C-contiguous."""
+    address, dtype = data.ctypes.data, native.DTYPES[weight.dtype]
+    return native.Matrix(address, weight.rows, weight.cols, data.shape[1], dtype)
 
 
 def _selection(placed: _Placed, rows: Ids | None) -> tuple[int, int | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from importlib.resources import as_file, files
 from typing import ClassVar
 
@@ -43,6 +43,25 @@ class Ffn(ctypes.Structure):
     ]
 
 
+class Norm(ctypes.Structure):
+    _fields_: ClassVar = [("weight", c_void_p), ("bias", c_void_p), ("eps", c_float), ("centred", c_int32)]
+
+
+class Attention(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, Matrix) for name in ("q", "k", "v", "o")),
+        *((name, c_void_p) for name in ("q_bias", "k_bias", "v_bias", "o_bias")),
+        *((name, Norm) for name in ("norm", "q_norm", "k_norm", "post_norm", "sum_norm")),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("rope_dims", c_int32),
+        ("window", c_int64),
+        ("scale", c_float),
+        ("softcap", c_float),
+    ]
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernels' library with its functions declared, or None if this installation has none."""
@@ -53,6 +72,8 @@ def library() -> ctypes.CDLL | None:
         lib = ctypes.CDLL(str(path))
     rows = [c_void_p, c_int64]  # int32 numbers or NULL, and how many rows
     call = [c_void_p, c_int64, *rows, c_void_p]  # x, n, rows, out
+    cache = [c_void_p, c_void_p, c_int64, c_int64]  # keys, values, room, start
+    attention = [c_void_p, c_int64, *cache, c_void_p, c_void_p, c_void_p]  # x, n, cosines, sines, out
     signatures: dict[str, tuple[object, list[object]]] = {
         "pi2_cpu_isas": (c_char_p, []),
         "pi2_cpu_isa": (c_char_p, [c_void_p]),
@@ -60,6 +81,7 @@ def library() -> ctypes.CDLL | None:
         "pi2_cpu_close": (None, [c_void_p]),
         "pi2_cpu_linear": (None, [c_void_p, POINTER(Matrix), *call]),
         "pi2_cpu_ffn": (c_int64, [c_void_p, POINTER(Ffn), *call]),
+        "pi2_cpu_attention": (None, [c_void_p, POINTER(Attention), *attention]),
     }
     for function, (result, arguments) in signatures.items():
         declared = getattr(lib, function)

@@ -32,9 +32,20 @@ struct pi2_cpu {
   std::vector<const uint8_t*> down;        // rows of the active neurons
   std::vector<float> coefficients;         // their activations
   std::vector<std::vector<float>> slices;  // decoded weights, one buffer a chunk
+  std::vector<float> normed;               // (n, d)
+  std::vector<float> q, k, v;              // (n, heads * head_dim), as the matrices give them
+  std::vector<float> mixed;                // (n, heads * head_dim), what attention makes of the values
 
   bool integers_for(int32_t dtype) const { return integer && (dtype == PI2_Q8_0 || dtype == PI2_Q4_0); }
   void quantise(const float* x, int64_t n, int64_t cols);
+  // out[t][j] = sum over c of x[t][c] * w[rows[j]][c] for several matrices of the same width: one job.
+  struct Product {
+    const pi2_matrix* w;
+    const int32_t* rows;  // NULL: all
+    int64_t n_rows;
+    float* out;  // (n, n_rows)
+  };
+  void multiply(const float* x, int64_t n, const Product* products, int count);
 };
 
 // A row of weights times one token, by integers or floats as the context and the format want.

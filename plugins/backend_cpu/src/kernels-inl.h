@@ -115,6 +115,27 @@ struct Make {
         if (h[n] != 0) y[c] += h[n] * w[n * width + c];
   }
 
+  // K neighbouring keys share the loads of q, and their sums hide each other's latency.
+  template <int K>
+  static inline void scores_of(const float* q, const float* keys, int64_t cols, float* out) {
+    F sum[K];
+    for (auto& s : sum) s = V::zero();
+    int64_t c = 0;
+    for (; c + W <= cols; c += W) {
+      const F qc = V::load(q + c);
+      for (int j = 0; j < K; ++j) sum[j] = V::fma(qc, V::load(keys + j * cols + c), sum[j]);
+    }
+    for (int j = 0; j < K; ++j) out[j] = V::sum(sum[j]);
+    for (; c < cols; ++c)
+      for (int j = 0; j < K; ++j) out[j] += q[c] * keys[j * cols + c];
+  }
+
+  static void scores(const float* q, const float* keys, int64_t k, int64_t cols, float* out) {
+    int64_t j = 0;
+    for (; j + 8 <= k; j += 8) scores_of<8>(q, keys + j * cols, cols, out + j);
+    for (; j < k; ++j) scores_of<1>(q, keys + j * cols, cols, out + j);
+  }
+
   // Two neighbouring blocks at a time: their outputs stay in registers while all rows pass by.
   template <DType D, int B>
   static inline void combine_blocks(const uint8_t* const* rows, const float* h, int64_t k, int64_t cols,
@@ -207,7 +228,7 @@ struct Make {
   }
 
   static constexpr Kernels table() {
-    return {V::kName, quantise, dot, dot_quantised, combine, decode, add_product};
+    return {V::kName, quantise, dot, dot_quantised, combine, decode, add_product, scores};
   }
 };
 

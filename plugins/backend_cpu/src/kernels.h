@@ -33,6 +33,8 @@ struct Kernels {
                  int64_t last, float* out);
   // y[0 .. width) += sum over k of h[k] * w[k][0 .. width), with w (k, width); zeros in h are skipped.
   void (*add_product)(const float* h, const float* w, int64_t k, int64_t width, float* y);
+  // out[j] = q . keys[j], with keys (k, cols); the bits of one do not depend on the others.
+  void (*scores)(const float* q, const float* keys, int64_t k, int64_t cols, float* out);
 };
 
 // Bytes from the start of a row to its scales (quantised formats only).

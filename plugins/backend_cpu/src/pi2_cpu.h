@@ -33,6 +33,24 @@ typedef struct {
   int32_t activation, up_relu;
 } pi2_ffn;
 
+typedef struct {
+  const float* weight; /* NULL: no norm at all */
+  const float* bias;   /* NULL: none */
+  float eps;
+  int32_t centred; /* != 0: LayerNorm; else RMSNorm */
+} pi2_norm;
+
+typedef struct { /* pi2.attention.AttentionSpec */
+  pi2_matrix q, k, v, o;
+  const float *q_bias, *k_bias, *v_bias, *o_bias; /* NULL: none */
+  pi2_norm norm, q_norm, k_norm, post_norm, sum_norm;
+  int32_t heads, kv_heads, head_dim;
+  int32_t rope_dims; /* 0: no RoPE */
+  int64_t window;    /* 0: none */
+  float scale;
+  float softcap; /* 0: none */
+} pi2_attention;
+
 /* Newline-separated instruction sets that this build has and this CPU can run, best first. */
 PI2_API const char* pi2_cpu_isas(void);
 
@@ -53,6 +71,13 @@ PI2_API void pi2_cpu_linear(pi2_cpu* cpu, const pi2_matrix* w, const float* x, i
  * Returns the number of (t, i) with h != 0. */
 PI2_API int64_t pi2_cpu_ffn(pi2_cpu* cpu, const pi2_ffn* ffn, const float* x, int64_t n, const int32_t* rows,
                             int64_t n_rows, float* out);
+
+/* A whole attention block with its residual connection (pi2.api.SupportsAttention); x and out (n, d).  keys
+ * and values (kv_heads, room, head_dim) get n more positions from `start` on; cosines and sines
+ * (n, rope_dims / 2) are those of these positions. */
+PI2_API void pi2_cpu_attention(pi2_cpu* cpu, const pi2_attention* a, const float* x, int64_t n, float* keys,
+                               float* values, int64_t room, int64_t start, const float* cosines,
+                               const float* sines, float* out);
 
 #ifdef __cplusplus
 }

@@ -60,6 +60,7 @@ struct Neon {
     widen(high, v + 4);
   }
 
+  static float sum(F v) { return vaddvq_f32(v); }
   static float sum(const F v[8]) {
     const F a = vaddq_f32(vaddq_f32(v[0], v[1]), vaddq_f32(v[2], v[3]));
     const F b = vaddq_f32(vaddq_f32(v[4], v[5]), vaddq_f32(v[6], v[7]));

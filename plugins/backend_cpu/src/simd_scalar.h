@@ -52,6 +52,7 @@ struct Scalar {
       v[i + kBlock / 2] = static_cast<float>((p[i] >> 4) - 8);
     }
   }
+  static float sum(F v) { return v; }
   static float sum(const F v[kBlock]) {
     float total = 0;
     for (int i = 0; i < kBlock; ++i) total += v[i];

@@ -1,0 +1,30 @@
+"""RMSNorm and LayerNorm: a value that says which, and its NumPy formula."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from pi2.tensor import F32
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """Normalisation of the last axis, (..., d): "rms" divides by the root mean square, "layer" centres first.
+
+    ``weight`` and ``bias`` are (d,); call it to apply it.
+    """
+
+    kind: Literal["rms", "layer"]
+    weight: F32
+    bias: F32 | None
+    eps: float
+
+    def __call__(self, x: F32) -> F32:
+        if self.kind == "layer":
+            x = x - x.mean(axis=-1, keepdims=True)
+        mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
+        y: F32 = x / np.sqrt(mean_square + np.float32(self.eps)) * self.weight
+        return y if self.bias is None else y + self.bias
