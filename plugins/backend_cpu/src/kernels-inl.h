@@ -38,8 +38,10 @@ struct Make {
 
   template <DType D>
   static inline float element(const uint8_t* row, int64_t c) {  // columns behind the last whole block
-    if constexpr (D == DType::kF32) return reinterpret_cast<const float*>(row)[c];
-    return V::half(row + 2 * c);
+    if constexpr (D == DType::kF16) return V::half(row + 2 * c);
+    float value;
+    __builtin_memcpy(&value, row + 4 * c, 4);
+    return value;
   }
 
   template <DType D>
@@ -199,10 +201,11 @@ struct Make {
         for (int i = 0; i < kBlock; ++i) quants[b * kBlock + i] = 0;
         continue;
       }
-      const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+      const float lift = largest < 1e-30f ? 0x1p100f : 1.0f;  // else the inverse of a tiny number is infinite
+      const float inverse = largest > 0 ? 127.0f / (largest * lift) : 0.0f;
       int32_t sum = 0;
       for (int i = 0; i < kBlock; ++i) {
-        const float v = xb[i] * inverse;
+        const float v = xb[i] * lift * inverse;
         const int32_t q = static_cast<int32_t>(v < 0 ? v - 0.5f : v + 0.5f);
         quants[b * kBlock + i] = static_cast<int8_t>(q);
         sum += q;

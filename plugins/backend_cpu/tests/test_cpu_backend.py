@@ -87,6 +87,20 @@ def test_the_bits_do_not_depend_on_the_threads(seed, dtype, n, isa):
     assert len(set(results)) == 1
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["q4_0", "q8_0"])
+def test_inputs_whose_inverse_is_infinite_are_rounded_like_any_others(isa, dtype):
+    rng = np.random.default_rng(5)
+    backend = CpuBackend(threads=1, isa=isa)
+    weight = backend.place(Tensor.from_f32(rng.standard_normal((9, 96), np.float32), dtype))
+    x, tiny = rng.standard_normal((1, 96), np.float32), np.float32(2.0**-124)
+    usual, small = np.empty((1, 9), np.float32), np.empty((1, 9), np.float32)
+    backend.linear(weight, x, usual)
+    backend.linear(weight, x * tiny, small)
+    backend.close()
+    np.testing.assert_allclose(small / tiny, usual, atol=1e-2)  # 1/127 of such an input has 13 bits
+
+
 @pytest.mark.parametrize("quant", ["q4_0", "q8_0", "f16"])
 def test_a_model_says_the_same_with_any_number_of_threads(tmp_path, quant):
     model = write_toy_model(tmp_path / "toy", toy_architecture(), quant=quant)
