@@ -26,6 +26,8 @@ CAUGHT_BY = {
     "DropsTheBias": "ffn_is_the_sum_over_its_neurons",
     "ForgetsByBeingAsked": "victims_are_always_residents",
     "ForgetsTheReluOfUp": "ffn_is_the_sum_over_its_neurons",
+    "ForgetsTheResidualConnection": "attention_is_the_block_of_its_formula",
+    "ForgetsTheWindow": "attention_is_the_block_of_its_formula",
     "GivesWritableViews": "a_view_agrees_with_a_read_and_cannot_be_written",
     "IgnoresRowsOfFfn": "any_partition_into_clusters_adds_up_to_the_dense_ffn",
     "IgnoresRowsOfLinear": "linear_is_the_matrix_product_of_the_exact_weights",
@@ -47,12 +49,14 @@ CAUGHT_BY = {
     "ReleasesAllHandles": "handles_are_independent_and_released_in_any_order",
     "SharesOnePosition": "reads_from_several_threads_do_not_disturb_each_other",
     "SpreadsNan": "ffn_keeps_what_is_not_finite_in_its_row",
+    "StartsEveryCallAtPositionZero": "attention_may_be_fed_in_pieces",
     "SumsInAnOrderThatDependsOnTheRows": "neurons_that_are_zero_change_no_bit",
     "SwallowsNan": "ffn_keeps_what_is_not_finite_in_its_row",
     "SwapsTheNibbles": "linear_is_the_matrix_product_of_the_exact_weights",
     "WritesBehindTheOutput": "linear_is_the_matrix_product_of_the_exact_weights",
+    "WritesBehindTheTokens": "attention_is_the_block_of_its_formula",
 }
-RIGHT = ("Plain", "PlainPredictor")
+RIGHT = ("Attending", "Plain", "PlainPredictor")
 
 
 @pytest.fixture(scope="module")

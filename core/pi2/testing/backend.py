@@ -14,7 +14,8 @@ from numpy.random import Generator
 from pi2.api import Backend
 from pi2.tensor import F32, Ids, Tensor
 from pi2.testing import reference
-from pi2.testing.plugin import PluginTests, examples
+from pi2.testing.attention import AttentionTests
+from pi2.testing.plugin import examples
 from pi2.testing.strategies import (
     SPARSE,
     FfnCase,
@@ -71,8 +72,8 @@ def same_bits(a: F32, b: F32) -> bool:
     return a.tobytes() == b.tobytes()
 
 
-class BackendTests(PluginTests):
-    """Everything that ``pi2.api.Backend`` promises.
+class BackendTests(AttentionTests):
+    """Everything that ``pi2.api.Backend`` promises, and its optional powers where they are had.
 
     class TestMine(BackendTests):
         plugin = MyBackend
