@@ -20,19 +20,20 @@ import pytest
 import torch
 from pi2.builtin.exact_predictor import ExactPredictor
 from pi2.builtin.mmap_tier import MmapTier
-from pi2.builtin.numpy_backend import NumpyBackend
 from pi2.container.layout import QuantPlan
-from pi2.container.reader import open_model
+from pi2.container.reader import PiModel, open_model
 from pi2.convert import convert
 from pi2.decoder import Decoder
 from pi2.formats.huggingface import HuggingFaceFormat
 from pi2.kv_cache import KvCache
+from pi2.plugins import Plugins
 
 with warnings.catch_warnings():
     # transformers touches deprecated parts of its own dependencies while it is imported
     warnings.simplefilter("ignore")
     import transformers
 
+BACKENDS = {"numpy": {}, "cpu": {"activations": "f32", "threads": "2"}}  # and how to make them exact
 VOCAB, PROMPT, NEW = 300, 90, 64
 SHAPE = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
@@ -185,8 +186,18 @@ class Pair:
         assert np.abs(ours - self.logits).max() <= bound
 
 
+@dataclass
+class Peer:
+    """What transformers answers, and the same model converted for us."""
+
+    prompt: list[int]
+    logits: np.ndarray[Any, Any]
+    greedy: list[int]
+    model: PiModel
+
+
 @pytest.fixture(scope="module", params=CASES)
-def pair(request, tmp_path_factory):
+def peer(request, tmp_path_factory):
     case = CASES[request.param]
     torch.set_num_threads(1)
     directory = tmp_path_factory.mktemp(request.param)
@@ -198,8 +209,19 @@ def pair(request, tmp_path_factory):
     tier = MmapTier.open()
     opened = open_model(convert(source, directory / "ours", QuantPlan.named("f32")), tier)
     assert opened.architecture == source.architecture
-    yield Pair(prompt, logits, greedy, Decoder(opened, NumpyBackend.open(), ExactPredictor.open()))
+    yield Peer(prompt, logits, greedy, opened)
     tier.close()
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def pair(request, peer):
+    plugins = Plugins.installed()
+    if request.param not in plugins.of("backends"):
+        pytest.skip(f"the backend {request.param} is not installed")
+    backend = plugins.pick("backends", request.param).open(BACKENDS[request.param])
+    decoder = Decoder(peer.model, backend, ExactPredictor.open())
+    yield Pair(peer.prompt, peer.logits, peer.greedy, decoder)
+    backend.close()
 
 
 def build(case: Case, seed: int) -> Any:
