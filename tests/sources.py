@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import zlib
 
 import numpy as np
-from pi2 import inventory
-from pi2.api import ModelSource
 from pi2.architecture import Architecture, Rope
 from pi2.container.writer import JOURNAL
 from pi2.tensor import Tensor
+from pi2.testing import models
 
 TOKENIZER = json.dumps(
     {"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
@@ -26,36 +24,33 @@ def tiny(**changes):
     return Architecture(**(given | changes))
 
 
-class RandomSource(ModelSource):
-    """Weights that depend on the seed and the tensor's name only, in the format ``dtype``."""
+class RandomSource(models.RandomSource):
+    """The kit's random model with weights in the format ``dtype``, and without a real tokenizer."""
 
-    def __init__(self, architecture, seed=0, dtype="f32", template=None, scale=0.1):
-        self.architecture = architecture
+    def __init__(self, architecture, seed=0, dtype="f32", template=None):
+        super().__init__(architecture, seed)
         self.provenance = {"format": "random", "name": f"seed {seed}", "dtype": dtype}
-        self.seed, self.dtype, self.template, self.scale = seed, dtype, template, scale
-        self.shapes = inventory.dense_matrices(architecture)
-        self.lengths = inventory.dense_vectors(architecture)
-        for layer in range(architecture.n_layers):
-            for name in inventory.neuron_matrices(architecture, layer).values():
-                self.shapes[name] = (architecture.n_neurons, architecture.d_model)
-            for name in inventory.neuron_biases(architecture, layer):
-                self.lengths[name] = architecture.n_neurons
-
-    def _values(self, name, shape):
-        rng = np.random.default_rng([self.seed, zlib.crc32(name.encode())])
-        return rng.standard_normal(shape, np.float32) * np.float32(self.scale)
+        self.dtype, self.template = dtype, template
 
     def tensor(self, name):
-        return Tensor.from_f32(self._values(name, self.shapes[name]), self.dtype)
-
-    def vector(self, name):
-        return self._values(name, self.lengths[name])
+        return Tensor.from_f32(super().tensor(name).to_f32(), self.dtype)
 
     def tokenizer_json(self):
         return TOKENIZER
 
     def chat_template(self):
         return self.template
+
+
+class ConstantSource(RandomSource):
+    """Every weight is ``weight``."""
+
+    def __init__(self, architecture, weight):
+        super().__init__(architecture)
+        self.weight = np.float32(weight)
+
+    def tensor(self, name):
+        return Tensor.from_f32(np.full(super().tensor(name).shape, self.weight))
 
 
 class Counting(RandomSource):

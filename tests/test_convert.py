@@ -15,7 +15,7 @@ from pi2.convert import QuantPlan, convert
 from pi2.errors import BudgetError, FormatError, Pi2Error, StorageError
 from pi2.formats import detect
 from pi2.tensor import Tensor
-from sources import Counting, RandomSource, contents, tiny
+from sources import ConstantSource, Counting, RandomSource, contents, tiny
 
 Q4 = QuantPlan.named("q4_0")
 PATHS = [str(Path(pi2.__file__).parent.parent), str(Path(__file__).parent)]
@@ -113,8 +113,7 @@ def test_rows_that_cannot_be_quantised_become_f16_with_a_note(tmp_path):
 
 @pytest.mark.parametrize(("weight", "dtype"), [(65505, "f16"), (6e5, "q4_0"), (9e6, "q8_0"), (-1e38, "f16")])
 def test_weights_beyond_the_range_of_the_format_are_an_error(tmp_path, weight, dtype):
-    source = RandomSource(tiny())
-    source._values = lambda name, shape: np.full(shape, weight, np.float32)
+    source = ConstantSource(tiny(), weight)
     with pytest.raises(FormatError, match=f"too large for {dtype}") as caught:
         convert(source, tmp_path / "m", QuantPlan.named("f32", up=dtype))
     assert "f32" in caught.value.hint
@@ -123,8 +122,7 @@ def test_weights_beyond_the_range_of_the_format_are_an_error(tmp_path, weight, d
 
 @pytest.mark.parametrize("weight", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite_are_an_error(tmp_path, weight):
-    source = RandomSource(tiny())
-    source._values = lambda name, shape: np.full(shape, weight, np.float32)
+    source = ConstantSource(tiny(), weight)
     with pytest.raises(FormatError, match="not finite"):
         convert(source, tmp_path / "m", Q4)
 

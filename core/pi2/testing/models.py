@@ -73,16 +73,16 @@ class RandomSource(ModelSource):
         self.architecture = architecture
         self.provenance = {"format": "random", "name": f"toy model {seed}"}
         self._seed = seed
-        self._shapes = inventory.dense_matrices(architecture)
-        self._lengths = inventory.dense_vectors(architecture)
+        self.shapes = inventory.dense_matrices(architecture)
+        self.lengths = inventory.dense_vectors(architecture)
         for layer in range(architecture.n_layers):
             for name in inventory.neuron_matrices(architecture, layer).values():
-                self._shapes[name] = (architecture.n_neurons, architecture.d_model)
+                self.shapes[name] = (architecture.n_neurons, architecture.d_model)
             for name in inventory.neuron_biases(architecture, layer):
-                self._lengths[name] = architecture.n_neurons
+                self.lengths[name] = architecture.n_neurons
 
     def tensor(self, name: str) -> Tensor:
-        rows, cols = self._shapes[name]
+        rows, cols = self.shapes[name]
         values = self._rng(name).normal(0, cols**-0.5, (rows, cols)).astype(np.float32)
         part = name.split(".", 2)[-1]
         if name == "embed.weight":
@@ -101,7 +101,7 @@ class RandomSource(ModelSource):
         return Tensor.from_f32(values)
 
     def vector(self, name: str) -> F32:
-        noise = self._rng(name).normal(0, 0.05, self._lengths[name]).astype(np.float32)
+        noise = self._rng(name).normal(0, 0.05, self.lengths[name]).astype(np.float32)
         if name.endswith("norm.weight"):
             return 1 + noise
         if name.endswith(("attn.o.bias", "ffn.down.bias", "post_norm.bias")):
