@@ -139,7 +139,8 @@ def _text(name: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, dict):
         sized = name.startswith("bytes_")
-        return ", ".join(f"{k.replace('_', ' ')} {human_bytes(v) if sized else v}" for k, v in value.items())
+        named = ((k if "." in k else k.replace("_", " "), v) for k, v in value.items())  # files keep theirs
+        return ", ".join(f"{k} {human_bytes(v) if sized else v}" for k, v in named)
     if name == "bytes":
         return f"{human_bytes(value)} ({value} bytes)"
     if name == "parameters":
