@@ -20,7 +20,10 @@ struct Neon {
 
   static F zero() { return vdupq_n_f32(0); }
   static F broadcast(float x) { return vdupq_n_f32(x); }
-  static F load(const float* p) { return vld1q_f32(p); }
+  // As bytes: weights may lie anywhere, and a load of floats promises that they are aligned to 4.
+  static F load(const float* p) {
+    return vreinterpretq_f32_u8(vld1q_u8(reinterpret_cast<const uint8_t*>(p)));
+  }
   static void store(float* p, F v) { vst1q_f32(p, v); }
   static F mul(F a, F b) { return vmulq_f32(a, b); }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
@@ -33,7 +36,9 @@ struct Neon {
     __builtin_memcpy(&value, p, 2);
     return static_cast<float>(value);
   }
-  static F load_half(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+  static F load_half(const uint16_t* p) {
+    return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(reinterpret_cast<const uint8_t*>(p))));
+  }
   static F load_int8(const int8_t* p) {
     int32_t four;
     __builtin_memcpy(&four, p, 4);
