@@ -55,3 +55,15 @@ inline float dot(const pi2_cpu& cpu, int32_t dtype, const uint8_t* row, const fl
   if (cpu.integers_for(dtype)) return cpu.kernels->dot_quantised(type, row, cpu.batch.token(t), cols);
   return cpu.kernels->dot(type, row, x + t * cols, cols);
 }
+
+// The same for tokens t .. t + count - 1, count <= kTokens, with the same bits.
+inline void dots(const pi2_cpu& cpu, int32_t dtype, const uint8_t* row, const float* x, int64_t t, int count,
+                 int64_t cols, float* out) {
+  if (count < pi2::kTokens || !cpu.integers_for(dtype)) {
+    for (int i = 0; i < count; ++i) out[i] = dot(cpu, dtype, row, x, t + i, cols);
+    return;
+  }
+  pi2::Quantised tokens[pi2::kTokens];
+  for (int i = 0; i < count; ++i) tokens[i] = cpu.batch.token(t + i);
+  cpu.kernels->dots_quantised(static_cast<pi2::DType>(dtype), row, tokens, cols, out);
+}

@@ -33,16 +33,33 @@ float bias(const pi2_ffn& f, const uint8_t* bundle, int which) {
   return value;
 }
 
-// h of one neuron for token t.
-float neuron(const pi2_cpu& cpu, const pi2_ffn& f, const uint8_t* b, const float* x, int64_t t) {
+// h of one neuron for tokens t .. t + count - 1; returns how many are not zero.
+int neuron(const pi2_cpu& cpu, const pi2_ffn& f, const uint8_t* b, const float* x, int64_t t, int count,
+           float* h) {
   const int64_t d = f.d_model;
-  if (f.gate == PI2_NONE)
-    return activate(f.activation, dot(cpu, f.up, b + f.up_offset, x, t, d) + bias(f, b, 0));
-  const float gate = dot(cpu, f.gate, b + f.gate_offset, x, t, d) + bias(f, b, 0);
-  const float act = activate(f.activation, gate);
-  if (act == 0.0f) return 0.0f;
-  const float up = dot(cpu, f.up, b + f.up_offset, x, t, d) + bias(f, b, 1);
-  return act * (f.up_relu && up <= 0 ? 0.0f : up);
+  const bool gated = f.gate != PI2_NONE;
+  dots(cpu, gated ? f.gate : f.up, b + (gated ? f.gate_offset : f.up_offset), x, t, count, d, h);
+  int active = 0;
+  for (int i = 0; i < count; ++i) {
+    h[i] = activate(f.activation, h[i] + bias(f, b, 0));
+    active += h[i] != 0.0f;
+  }
+  if (!gated || active == 0) return active;
+  float up[pi2::kTokens];
+  if (2 * active > count) {
+    dots(cpu, f.up, b + f.up_offset, x, t, count, d, up);
+  } else {  // the same bits for those that matter
+    for (int i = 0; i < count; ++i)
+      if (h[i] != 0.0f) up[i] = dot(cpu, f.up, b + f.up_offset, x, t + i, d);
+  }
+  active = 0;
+  for (int i = 0; i < count; ++i) {
+    if (h[i] == 0.0f) continue;
+    up[i] += bias(f, b, 1);
+    h[i] *= f.up_relu && up[i] <= 0 ? 0.0f : up[i];
+    active += h[i] != 0.0f;
+  }
+  return active;
 }
 
 // One token: the down rows of the active neurons, in ascending order, column slice by column slice.  The
@@ -99,12 +116,12 @@ extern "C" int64_t pi2_cpu_ffn(pi2_cpu* cpu, const pi2_ffn* f, const float* x, i
   cpu->pool.for_each((n_rows + kNeurons - 1) / kNeurons, [&](int64_t chunk) {
     const int64_t end = std::min(n_rows, (chunk + 1) * kNeurons);
     int64_t found = 0;
-    for (int64_t i = chunk * kNeurons; i < end; ++i) {
-      const uint8_t* b = bundle(*f, rows, i);
-      for (int64_t t = 0; t < n; ++t) {
-        const float h = neuron(*cpu, *f, b, x, t);
-        cpu->hidden[t * n_rows + i] = h;
-        found += h != 0.0f;
+    for (int64_t t = 0; t < n; t += pi2::kTokens) {
+      const int count = static_cast<int>(std::min<int64_t>(pi2::kTokens, n - t));
+      for (int64_t i = chunk * kNeurons; i < end; ++i) {
+        float h[pi2::kTokens];
+        found += neuron(*cpu, *f, bundle(*f, rows, i), x, t, count, h);
+        for (int j = 0; j < count; ++j) cpu->hidden[(t + j) * n_rows + i] = h[j];
       }
     }
     active.fetch_add(found, std::memory_order_relaxed);

@@ -203,35 +203,50 @@ struct Make {
       }
       const float lift = largest < 1e-30f ? 0x1p100f : 1.0f;  // else the inverse of a tiny number is infinite
       const float inverse = largest > 0 ? 127.0f / (largest * lift) : 0.0f;
-      int32_t sum = 0;
+      int32_t rounded[kBlock], sum = 0;  // loops apart, without branches: the compiler makes vectors of them
       for (int i = 0; i < kBlock; ++i) {
         const float v = xb[i] * lift * inverse;
-        const int32_t q = static_cast<int32_t>(v < 0 ? v - 0.5f : v + 0.5f);
-        quants[b * kBlock + i] = static_cast<int8_t>(q);
-        sum += q;
+        rounded[i] = static_cast<int32_t>(v + __builtin_copysignf(0.5f, v));
       }
+      for (int i = 0; i < kBlock; ++i) sum += rounded[i];
+      for (int i = 0; i < kBlock; ++i) quants[b * kBlock + i] = static_cast<int8_t>(rounded[i]);
       scales[b] = largest / 127.0f;
       offsets[b] = -8.0f * scales[b] * static_cast<float>(sum);
     }
+    shuffle(quants, blocks, shuffled);
+  }
+
+  // V::kPaired blocks at a time, while there are so many: first their low halves, then their high ones.
+  static inline void shuffle(const int8_t* quants, int64_t blocks, int8_t* shuffled) {
+    constexpr int kHalf = kBlock / 2;
     int64_t b = 0;
-    for (; b < blocks; b += b + V::kPaired <= blocks ? V::kPaired : 1) {
-      const int paired = b + V::kPaired <= blocks ? V::kPaired : 1;
-      for (int j = 0; j < paired; ++j)
-        for (int i = 0; i < kBlock / 2; ++i) {
-          const int8_t* q = quants + (b + j) * kBlock;
-          int8_t* s = shuffled + b * kBlock + j * (kBlock / 2);
-          s[i] = q[i];
-          s[i + paired * (kBlock / 2)] = q[i + kBlock / 2];
-        }
-    }
+    for (; b + V::kPaired <= blocks; b += V::kPaired)
+      for (int j = 0; j < V::kPaired; ++j) {
+        int8_t* to = shuffled + b * kBlock + j * kHalf;
+        __builtin_memcpy(to, quants + (b + j) * kBlock, kHalf);
+        __builtin_memcpy(to + V::kPaired * kHalf, quants + (b + j) * kBlock + kHalf, kHalf);
+      }
+    __builtin_memcpy(shuffled + b * kBlock, quants + b * kBlock, (blocks - b) * kBlock);
   }
 
   static float dot_quantised(DType dtype, const uint8_t* row, const Quantised& x, int64_t cols) {
-    return dtype == DType::kQ4_0 ? V::dot_q4(row, x, cols) : V::dot_q8(row, x, cols);
+    float dot;
+    dots_of<1>(dtype, row, &x, cols, &dot);
+    return dot;
+  }
+
+  template <int T>
+  static inline void dots_of(DType dtype, const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
+    if (dtype == DType::kQ4_0) V::template dots_q4<T>(row, x, cols, out);
+    else V::template dots_q8<T>(row, x, cols, out);
+  }
+
+  static void dots_quantised(DType dtype, const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
+    dots_of<kTokens>(dtype, row, x, cols, out);
   }
 
   static constexpr Kernels table() {
-    return {V::kName, quantise, dot, dot_quantised, combine, decode, add_product, scores};
+    return {V::kName, quantise, dot, dot_quantised, dots_quantised, combine, decode, add_product, scores};
   }
 };
 

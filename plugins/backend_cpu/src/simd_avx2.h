@@ -58,12 +58,9 @@ struct Avx2 {
     return sum(_mm256_add_ps(_mm256_add_ps(v[0], v[1]), _mm256_add_ps(v[2], v[3])));
   }
   static float max_of(F v) {
-    __m128 m = _mm256_castps256_ps128(max(v, _mm256_permute2f128_ps(v, v, 1)));
-    float lanes[4], largest = 0;
-    _mm_storeu_ps(lanes, m);
-    for (const float x : lanes) largest = x > largest || x != x ? x : largest;
-    for (const float x : lanes) largest = x != x ? x : largest;
-    return largest;
+    v = max(v, _mm256_permute2f128_ps(v, v, 1));
+    v = max(v, _mm256_permute_ps(v, 0x4e));
+    return _mm256_cvtss_f32(max(v, _mm256_permute_ps(v, 0xb1)));
   }
 
   static __m256i load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -72,78 +69,100 @@ struct Avx2 {
     return _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1));
   }
 
-  // Scales of 8 blocks at once, weights' times activations'; `count` of them exist.
-  static F scales_of(const uint8_t* row_scales, const float* x_scales, int64_t count, F* weight_scales) {
-    alignas(16) uint16_t halves[8] = {};
-    alignas(32) float floats[8] = {};
-    F w, x;
-    if (count >= 8) {
-      w = load_half(reinterpret_cast<const uint16_t*>(row_scales));
-      x = load(x_scales);
-    } else {
-      __builtin_memcpy(halves, row_scales, 2 * count);
-      __builtin_memcpy(floats, x_scales, 4 * count);
-      w = load_half(halves);
-      x = load(floats);
-    }
-    *weight_scales = w;
-    return mul(w, x);
-  }
-
+  // The first `count` floats or halves, zeros behind them; nothing beyond is read.
   static F load_some(const float* p, int64_t count) {
-    if (count >= 8) return load(p);
-    alignas(32) float floats[8] = {};
-    __builtin_memcpy(floats, p, 4 * count);
-    return load(floats);
+    static constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    return count >= 8 ? load(p) : _mm256_maskload_ps(p, load_bytes(kMask + 8 - count));
+  }
+  static F load_some_halves(const uint8_t* p, int64_t count) {  // of a row: 16 bytes before p are readable
+    if (count >= 8) return load_half(reinterpret_cast<const uint16_t*>(p));
+    static constexpr uint8_t kShift[32] = {0,   1,   2,   3,   4,   5,   6,   7,   8,   9,   10,
+                                           11,  12,  13,  14,  15,  128, 128, 128, 128, 128, 128,
+                                           128, 128, 128, 128, 128, 128, 128, 128, 128, 128};
+    const int64_t ahead = 16 - 2 * count;
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p - ahead));
+    return _mm256_cvtph_ps(
+        _mm_shuffle_epi8(bytes, _mm_loadu_si128(reinterpret_cast<const __m128i*>(kShift + ahead))));
   }
 
-  static float dot_q4(const uint8_t* row, const Quantised& x, int64_t cols) {
+  // Nibbles of two blocks, or of an odd one at the end, times one token's shuffled quants.
+  static F dots_of(__m256i low, __m256i high, const int8_t* x) {
+    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, load_bytes(x)),
+                                           _mm256_maddubs_epi16(high, load_bytes(x + 32)));
+    return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+
+  template <int T>
+  struct Sums {
+    F even[T], odd[T], offset[T];
+  };
+
+  // Up to 8 blocks, whose scales fill a register.
+  template <int T>
+  [[gnu::always_inline]] static void add_blocks(const uint8_t* row, const uint8_t* row_scales,
+                                                const Quantised* x, int64_t b, int64_t here, Sums<T>& sums) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    const F weight_scales = load_some_halves(row_scales + 2 * b, here);
+    F scales[T];
+    for (int t = 0; t < T; ++t) {
+      scales[t] = mul(weight_scales, load_some(x[t].scales + b, here));
+      sums.offset[t] = fma(weight_scales, load_some(x[t].offsets + b, here), sums.offset[t]);
+    }
+    int64_t j = 0;
+    for (; j + 2 <= here; j += 2) {
+      const __m256i raw = load_bytes(row + (b + j) * 16);
+      const __m256i low = _mm256_and_si256(raw, mask);
+      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(raw, 4), mask);
+      const int s = static_cast<int>(j);
+      const __m256i places = _mm256_setr_epi32(s, s, s, s, s + 1, s + 1, s + 1, s + 1);
+      for (int t = 0; t < T; ++t) {
+        const F dots = dots_of(low, high, x[t].shuffled + (b + j) * kBlock);
+        F& sum = j & 2 ? sums.odd[t] : sums.even[t];
+        sum = fma(dots, _mm256_permutevar8x32_ps(scales[t], places), sum);
+      }
+    }
+    if (j < here) {  // an odd block at the end: its shuffled order is its own
+      const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + (b + j) * 16));
+      const __m256i nibbles = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(raw, 4), raw), mask);
+      const float scale = half(row_scales + 2 * (b + j));
+      for (int t = 0; t < T; ++t) {
+        const __m256i dots = four(nibbles, load_bytes(x[t].shuffled + (b + j) * kBlock));
+        sums.even[t] = fma(_mm256_cvtepi32_ps(dots), broadcast(scale * x[t].scales[b + j]), sums.even[t]);
+      }
+    }
+  }
+
+  // A row times T tokens: unpacked once, and each token's sum in the same order for every T.
+  template <int T>
+  static void dots_q4(const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
     const int64_t blocks = cols / kBlock;
     const uint8_t* row_scales = row + cols / 2;
-    const __m256i mask = _mm256_set1_epi8(15);
-    F sum0 = zero(), sum1 = zero(), offset = zero();
-    for (int64_t b = 0; b < blocks; b += 8) {
-      const int64_t here = blocks - b < 8 ? blocks - b : 8;
-      F weight_scales;
-      const F scales = scales_of(row_scales + 2 * b, x.scales + b, here, &weight_scales);
-      offset = fma(weight_scales, load_some(x.offsets + b, here), offset);
-      int64_t j = 0;
-      for (; j + 2 <= here; j += 2) {
-        const __m256i raw = load_bytes(row + (b + j) * 16);
-        const int8_t* xs = x.shuffled + (b + j) * kBlock;
-        const __m256i low = _mm256_and_si256(raw, mask);
-        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(raw, 4), mask);
-        const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, load_bytes(xs)),
-                                               _mm256_maddubs_epi16(high, load_bytes(xs + 32)));
-        const F dots = _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-        const int s = static_cast<int>(j);
-        const F spread =
-            _mm256_permutevar8x32_ps(scales, _mm256_setr_epi32(s, s, s, s, s + 1, s + 1, s + 1, s + 1));
-        if (j & 2) sum1 = fma(dots, spread, sum1);
-        else sum0 = fma(dots, spread, sum0);
-      }
-      if (j < here) {  // an odd block at the end: its shuffled order is its own
-        const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + (b + j) * 16));
-        const __m256i nibbles = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(raw, 4), raw), mask);
-        const F dots = _mm256_cvtepi32_ps(four(nibbles, load_bytes(x.shuffled + (b + j) * kBlock)));
-        sum0 = fma(dots, broadcast(half(row_scales + 2 * (b + j)) * x.scales[b + j]), sum0);
-      }
-    }
-    return sum(_mm256_add_ps(_mm256_add_ps(sum0, sum1), offset));
+    Sums<T> sums;
+    for (int t = 0; t < T; ++t) sums.even[t] = sums.odd[t] = sums.offset[t] = zero();
+    int64_t b = 0;
+    for (; b + 8 <= blocks; b += 8) add_blocks(row, row_scales, x, b, 8, sums);
+    if (b < blocks) add_blocks(row, row_scales, x, b, blocks - b, sums);
+    for (int t = 0; t < T; ++t)
+      out[t] = sum(_mm256_add_ps(_mm256_add_ps(sums.even[t], sums.odd[t]), sums.offset[t]));
   }
 
-  static float dot_q8(const uint8_t* row, const Quantised& x, int64_t cols) {
+  template <int T>
+  static void dots_q8(const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
     const int64_t blocks = cols / kBlock;
     const uint8_t* row_scales = row + cols;
-    F sum0 = zero(), sum1 = zero();
+    F sum0[T], sum1[T];
+    for (int t = 0; t < T; ++t) sum0[t] = sum1[t] = zero();
     for (int64_t b = 0; b < blocks; ++b) {
-      const __m256i w = load_bytes(row + b * kBlock), q = load_bytes(x.quants + b * kBlock);
-      const __m256i products = four(_mm256_sign_epi8(w, w), _mm256_sign_epi8(q, w));
-      const F s = broadcast(half(row_scales + 2 * b) * x.scales[b]);
-      if (b & 1) sum1 = fma(_mm256_cvtepi32_ps(products), s, sum1);
-      else sum0 = fma(_mm256_cvtepi32_ps(products), s, sum0);
+      const __m256i w = load_bytes(row + b * kBlock), size = _mm256_sign_epi8(w, w);
+      const float scale = half(row_scales + 2 * b);
+      for (int t = 0; t < T; ++t) {
+        const __m256i dots = four(size, _mm256_sign_epi8(load_bytes(x[t].quants + b * kBlock), w));
+        const F s = broadcast(scale * x[t].scales[b]);
+        if (b & 1) sum1[t] = fma(_mm256_cvtepi32_ps(dots), s, sum1[t]);
+        else sum0[t] = fma(_mm256_cvtepi32_ps(dots), s, sum0[t]);
+      }
     }
-    return sum(_mm256_add_ps(sum0, sum1));
+    for (int t = 0; t < T; ++t) out[t] = sum(_mm256_add_ps(sum0[t], sum1[t]));
   }
 };
 

@@ -84,35 +84,39 @@ struct Neon {
 #endif
   }
 
-  static float dot_q4(const uint8_t* row, const Quantised& x, int64_t cols) {
-    const int64_t blocks = cols / kBlock;
-    const uint8_t* scales = row + cols / 2;
-    F sum0 = zero(), sum1 = zero();
-    for (int64_t b = 0; b < blocks; ++b) {
+  // A row times T tokens: unpacked once, and each token's sum in the same order for every T.
+  template <bool Q4, int T>
+  static void dots(const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
+    const uint8_t* scales = row + (Q4 ? cols / 2 : cols);
+    F sum0[T], sum1[T];
+    for (int t = 0; t < T; ++t) sum0[t] = sum1[t] = zero();
+    for (int64_t b = 0; b < cols / kBlock; ++b) {
       int8x16_t low, high;
-      split(row + b * 16, &low, &high);
-      int32x4_t dots = dot16(vdupq_n_s32(0), low, vld1q_s8(x.quants + b * kBlock));
-      dots = dot16(dots, high, vld1q_s8(x.quants + b * kBlock + 16));
-      const F scale = broadcast(half(scales + 2 * b) * x.scales[b]);
-      if (b & 1) sum1 = fma(vcvtq_f32_s32(dots), scale, sum1);
-      else sum0 = fma(vcvtq_f32_s32(dots), scale, sum0);
+      if constexpr (Q4) {
+        split(row + b * 16, &low, &high);
+      } else {
+        low = vld1q_s8(reinterpret_cast<const int8_t*>(row) + b * kBlock);
+        high = vld1q_s8(reinterpret_cast<const int8_t*>(row) + b * kBlock + 16);
+      }
+      const float weight_scale = half(scales + 2 * b);
+      for (int t = 0; t < T; ++t) {
+        const int8_t* quants = x[t].quants + b * kBlock;
+        const int32x4_t dots =
+            dot16(dot16(vdupq_n_s32(0), low, vld1q_s8(quants)), high, vld1q_s8(quants + 16));
+        const F scale = broadcast(weight_scale * x[t].scales[b]);
+        if (b & 1) sum1[t] = fma(vcvtq_f32_s32(dots), scale, sum1[t]);
+        else sum0[t] = fma(vcvtq_f32_s32(dots), scale, sum0[t]);
+      }
     }
-    return vaddvq_f32(vaddq_f32(sum0, sum1));
+    for (int t = 0; t < T; ++t) out[t] = vaddvq_f32(vaddq_f32(sum0[t], sum1[t]));
   }
-
-  static float dot_q8(const uint8_t* row, const Quantised& x, int64_t cols) {
-    const int64_t blocks = cols / kBlock;
-    const int8_t* quants = reinterpret_cast<const int8_t*>(row);
-    F sum0 = zero(), sum1 = zero();
-    for (int64_t b = 0; b < blocks; ++b) {
-      int32x4_t dots = vdupq_n_s32(0);
-      for (int i = 0; i < kBlock; i += 16)
-        dots = dot16(dots, vld1q_s8(quants + b * kBlock + i), vld1q_s8(x.quants + b * kBlock + i));
-      const F scale = broadcast(half(row + cols + 2 * b) * x.scales[b]);
-      if (b & 1) sum1 = fma(vcvtq_f32_s32(dots), scale, sum1);
-      else sum0 = fma(vcvtq_f32_s32(dots), scale, sum0);
-    }
-    return vaddvq_f32(vaddq_f32(sum0, sum1));
+  template <int T>
+  static void dots_q4(const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
+    dots<true, T>(row, x, cols, out);
+  }
+  template <int T>
+  static void dots_q8(const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
+    dots<false, T>(row, x, cols, out);
   }
 };
 

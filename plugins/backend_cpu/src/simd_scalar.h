@@ -82,6 +82,15 @@ struct Scalar {
     }
     return total;
   }
+
+  template <int T>
+  static void dots_q4(const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
+    for (int t = 0; t < T; ++t) out[t] = dot_q4(row, x[t], cols);
+  }
+  template <int T>
+  static void dots_q8(const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
+    for (int t = 0; t < T; ++t) out[t] = dot_q8(row, x[t], cols);
+  }
 };
 
 }  // namespace
