@@ -147,7 +147,9 @@ def main(options: argparse.Namespace) -> None:
         peer = LlamaCpp(options.gguf, total + 1, options.threads)
         runs["llama.cpp"] = lambda: peer.speeds(ids, prompt)
     buffers = [np.ones(READ_BYTES, np.uint8) for _ in range(options.threads)]
-    memory, rows, before = [], {name: [] for name in runs}, machine()
+    memory: list[Speeds] = []
+    rows: dict[str, list[Speeds]] = {name: [] for name in runs}
+    before = machine()
     for run in runs.values():
         run()  # warm: pages, caches, bytecode
     for _ in range(options.repeats):
