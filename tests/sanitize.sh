@@ -42,8 +42,8 @@ native)
     # ThreadSanitizer needs its shadow's place, where randomised addresses may have put the program.
     launch=(setarch "$(uname -m)" -R)
     "${launch[@]}" true 2>/dev/null || launch=() # some containers forbid it, and some kernels do not need it
-    stress address,undefined,float-cast-overflow kernels 1000
-    stress thread kernels 100
+    stress address,undefined,float-cast-overflow kernels 500
+    stress thread kernels 30
     stress thread pool 250
     ;;
 aarch64)
