@@ -29,7 +29,7 @@ _MAX_HEADER = 1 << 24  # bytes; a text takes about 90, a layer 80
 
 @dataclass(slots=True)
 class ActivationCounts:
-    """Sums over steps.  ``counts[layer, k, neuron]`` steps of the ``steps[k]`` of batch size ``batches[k]``."""
+    """Sums: a neuron was active in ``counts[layer, k, neuron]`` of ``steps[k]`` steps of ``batches[k]``."""
 
     model: str
     """SHA-256 of the model's neurons."""
@@ -48,7 +48,7 @@ class ActivationCounts:
         """Nothing counted yet.  Raises OptionError unless ``batches`` ascend within 1 ... 1024."""
         if not batches or list(batches) != sorted({b for b in batches if 1 <= b <= _MAX_BATCH}):
             raise OptionError(
-                f"batch sizes {', '.join(map(str, batches)) or 'none'} do not ascend within 1 to {_MAX_BATCH}",
+                f"batch sizes {', '.join(map(str, batches))} do not ascend within 1 to {_MAX_BATCH}",
                 hint="for example --batch 1,2,4,8",
             )
         counts = np.zeros((layers, len(batches), neurons), np.int64)
