@@ -102,8 +102,11 @@ class ActivationCounts:
         )  # fmt: skip
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file: ``layers.N.counts`` (batch sizes, neurons), the rest as metadata."""
-        from safetensors.numpy import save_file
+        """Write a safetensors file: ``layers.N.counts`` (batch sizes, neurons), the rest as metadata.
+
+        Raises OSError.
+        """
+        from safetensors.numpy import save
 
         metadata = {
             "format": FORMAT,
@@ -114,7 +117,7 @@ class ActivationCounts:
             "texts": json.dumps(self.texts),
         }
         tensors = {f"layers.{layer}.counts": counts for layer, counts in enumerate(self.counts)}
-        save_file({"steps": self.steps, **tensors}, path, metadata)
+        path.write_bytes(save({"steps": self.steps, **tensors}, metadata))
 
     @classmethod
     def load(cls, path: Path) -> Self:

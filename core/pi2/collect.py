@@ -102,6 +102,8 @@ class Collector:
             have = min(wanted, self.counts.texts.get(text.sha256, 0))
             plan.append(_Work(text, have, wanted))
             total, counted = total + wanted, counted + have
+            if total == room:
+                break  # before the next text is read
         return plan, total, counted
 
     def _group(self, text: TextFile, start: int, end: int, on_sequence: Callable[[int], None]) -> None:

@@ -21,7 +21,8 @@ from pi2.kv_cache import KvCache
 from pi2.tensor import F32, Ids
 from pi2.text_files import opening, read_texts
 
-_BLOCK = 64  # tokens whose logits, or whose inputs of all FFNs, are held at a time
+_SEQUENCE = 256
+_BLOCK = 64  # tokens whose inputs of all FFNs are held at a time
 
 
 @dataclass(slots=True)
@@ -162,19 +163,22 @@ def evaluate(
     paths: Sequence[Path],
     *,
     tokens: int,
-    sequence: int,
+    sequence: int | None = None,
     against_dense: bool = True,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Evaluation:
     """Run texts through the engine's model one token at a time, as in decoding, and judge its predictor.
 
-    The texts are cut into sequences of ``sequence`` tokens, each behind the begin-of-text token if the
-    model has one; at most ``tokens`` are used.  The dense model reads the same sequences as a prompt.
+    The texts are cut into sequences of ``sequence`` tokens (without a wish 256, or the context), each behind the begin-of-text token if the
+    model has one; at most ``tokens`` are used.  The dense model, in which every neuron is asked, reads the
+    same sequences in the same way, so that nothing but the predictor makes a difference.
     Raises OptionError if a sequence does not fit into the context.
     """
     before = opening(engine.tokenizer)
     arch, decoder = engine.model.architecture, engine.decoder
     limit = KvCache(arch, engine.context).limit
+    if sequence is None:
+        sequence = min(_SEQUENCE, limit - len(before))
     if sequence + len(before) > limit or sequence < 2:
         raise OptionError(
             f"sequences of {sequence} tokens do not suit a context of {limit}",
@@ -188,12 +192,12 @@ def evaluate(
     for name, ids in work:
         try:
             decoder.predictor = meter
-            seconds += _read(decoder, ids, sparse, block=1, settle=meter.settle)
+            seconds += _read(decoder, ids, sparse, meter.settle)
             done += sequence
             progress(name, done, passes)
             if against_dense:
                 decoder.predictor = ExactPredictor()
-                _read(decoder, ids, dense, block=_BLOCK)
+                _read(decoder, ids, dense)
                 done += sequence
                 progress(name, done, passes)
         finally:
@@ -208,30 +212,30 @@ def _chosen(
     engine: Engine, paths: Sequence[Path], tokens: int, sequence: int, before: list[int]
 ) -> list[tuple[str, NDArray[np.int64]]]:
     """(file name, opening and tokens of a sequence), the first ones of the texts in order."""
-    work = []
+    work: list[tuple[str, NDArray[np.int64]]] = []
+    wanted = max(1, tokens // sequence)
     for text in read_texts(paths, engine.tokenizer, sequence):
-        for ids in text.sequences:
+        for ids in text.sequences[: wanted - len(work)]:
             work.append((text.path.name, np.concatenate((np.array(before, np.int64), ids))))
-    return work[: max(1, tokens // sequence)]
+        if len(work) == wanted:
+            break  # before the next text is read
+    return work
 
 
 def _read(
     decoder: Decoder,
     ids: NDArray[np.int64],
     likelihood: Likelihood,
-    *,
-    block: int,
     settle: Callable[[], None] = lambda: None,
 ) -> float:
-    """Feed ``ids`` in blocks and add how well each token but the first was foreseen; seconds of computing."""
+    """Feed ``ids`` one by one and add how well each but the first was foreseen; seconds of computing."""
     cache = KvCache(decoder.arch, len(ids))
     seconds = 0.0
-    for start in range(0, len(ids) - 1, block):
-        end = min(start + block, len(ids) - 1)
-        began = time.perf_counter()
-        logits = decoder.forward(ids[start:end], cache, all_logits=True)
-        seconds += time.perf_counter() - began
-        likelihood.add(logits, ids[start + 1 : end + 1])
-        if end % _BLOCK == 0 or end == len(ids) - 1:
+    for at in range(len(ids) - 1):
+        start = time.perf_counter()
+        logits = decoder.forward(ids[at : at + 1], cache)
+        seconds += time.perf_counter() - start
+        likelihood.add(logits[None], ids[at + 1 : at + 2])
+        if (at + 1) % _BLOCK == 0 or at + 2 == len(ids):
             settle()
     return seconds

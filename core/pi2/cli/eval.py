@@ -14,7 +14,10 @@ from pi2.cli.progress import progress_bar
 if TYPE_CHECKING:
     from pi2.evaluate import Evaluation, LayerScore
 
-Sequence = Annotated[int, typer.Option("--sequence", min=2, help="Tokens of a sequence (chunk) of the text.")]
+Sequence = Annotated[
+    int | None,
+    typer.Option("--sequence", min=2, help="Tokens of a sequence of the text; without it at most 256."),
+]
 EvalTokens = Annotated[int, typer.Option("--tokens", min=1, help="Use so many tokens at most.")]
 Against = Annotated[
     Literal["dense", "nothing"], typer.Option("--against", help="Compare with the dense model, or do not.")
@@ -27,15 +30,15 @@ def command(
     predictor: o.Predictor = None,
     against: Against = "dense",
     tokens: EvalTokens = 2048,
-    sequence: Sequence = 256,
+    sequence: Sequence = None,
     backend: o.Backend = None,
     storage: o.Storage = None,
     json: o.Json = False,
 ) -> None:
     """Judge a predictor on text: perplexity, agreement with the dense model, recall, cost.
 
-    The text is read one token at a time, as in decoding, where the predictor is asked; the dense model
-    reads it as a prompt. Active is what the gate in float32 says.
+    The text is read one token at a time, as in decoding, where the predictor is asked, and again with
+    every neuron: the dense model. Active is what the gate in float32 says.
     """
     from pi2.evaluate import evaluate
 
