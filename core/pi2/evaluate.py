@@ -169,9 +169,10 @@ def evaluate(
 ) -> Evaluation:
     """Run texts through the engine's model one token at a time, as in decoding, and judge its predictor.
 
-    The texts are cut into sequences of ``sequence`` tokens (without a wish 256, or the context), each behind the begin-of-text token if the
-    model has one; at most ``tokens`` are used.  The dense model, in which every neuron is asked, reads the
-    same sequences in the same way, so that nothing but the predictor makes a difference.
+    The texts are cut into sequences of ``sequence`` tokens (without a wish 256, or what the context has
+    room for), each behind the begin-of-text token if the model has one; at most ``tokens`` are used.  The
+    dense model, in which every neuron is asked, reads the same sequences in the same way, so that nothing
+    but the predictor makes a difference.
     Raises OptionError if a sequence does not fit into the context.
     """
     before = opening(engine.tokenizer)
