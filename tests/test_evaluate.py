@@ -140,7 +140,7 @@ def test_a_look_ahead_without_a_call_before_names_all(model):
         predictor.attach(engine.model, NumpyBackend())
         x = ffn_inputs(engine.model.architecture, 1, np.random.default_rng(0))
         assert predictor.predict(2, x) is None
-        assert "margin 0.5" in predictor.describe()
+        assert "margin 1 " in predictor.describe()
         predictor.close()
 
 

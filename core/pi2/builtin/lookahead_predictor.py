@@ -25,7 +25,7 @@ class LookaheadPredictor(Predictor):
     name = "lookahead"
     lossless = False
 
-    def __init__(self, margin: float = 0.5) -> None:
+    def __init__(self, margin: float = 1.0) -> None:
         if not margin >= 0:  # not a NaN either
             raise OptionError(f"margin is {margin}, but counts standard deviations", hint="0 or more")
         self._margin = margin
