@@ -33,7 +33,7 @@ class LookaheadPredictor(Predictor):
 
     @classmethod
     def probe(cls) -> Probe:
-        return Probe(1, "the next layer's gate on this layer's input, lossy, in NumPy")
+        return Probe(1, "the next layer's gate on this layer's input, without training, lossy")
 
     def describe(self) -> str:
         return f"lookahead, margin {self._margin:g} standard deviations"

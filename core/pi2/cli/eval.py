@@ -38,7 +38,8 @@ def command(
     """Judge a predictor on text: perplexity, agreement with the dense model, recall, cost.
 
     The text is read one token at a time, as in decoding, where the predictor is asked, and again with
-    every neuron: the dense model. Active is what the gate in float32 says.
+    every neuron: the dense model. Active is what a gate in float32 says: a
+    backend that rounds to int8 decides otherwise near zero.
     """
     from pi2.evaluate import evaluate
 
