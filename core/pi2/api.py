@@ -233,6 +233,10 @@ class ModelView(Protocol):
         """(neurons, stride) uint8, read-only."""
         ...
 
+    def vector(self, name: str) -> F32:
+        """A norm or bias outside the bundles by its canonical name (``pi2.inventory``), (n,)."""
+        ...
+
 
 @runtime_checkable
 class SupportsAttention(Protocol):

@@ -102,18 +102,18 @@ class BundleGeometry:
 
     def unpack(self, bundles: U8) -> Neurons:
         """(k, stride) uint8 -> float32 weights, exactly."""
-        places = self.segments()
-
-        def part(name: str, dtype: DType) -> F32:
-            offset, size = places[name]
-            return decode(bundles[:, offset : offset + size], dtype)
-
-        gate = None if self.gate is None else part("gate", self.gate)
-        up, down = part("up", self.up), part("down", self.down)
+        gate = None if self.gate is None else self.unpack_segment(bundles, "gate")
+        up, down = self.unpack_segment(bundles, "up"), self.unpack_segment(bundles, "down")
         if not self.biased:
             return Neurons(gate, up, down)
-        bias = part("bias", "f32")
+        bias = self.unpack_segment(bundles, "bias")
         return Neurons(gate, up, down, None if gate is None else bias[:, 0], bias[:, -1])
+
+    def unpack_segment(self, bundles: U8, name: str) -> F32:
+        """One segment of (k, stride) uint8 as float32, exactly: (k, d), or the biases (k, 1 or 2)."""
+        offset, size = self.segments()[name]
+        dtype: DType = "f32" if name == "bias" else getattr(self, name)
+        return decode(bundles[:, offset : offset + size], dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest: what defines the layout, and the arithmetic spelt out for other readers."""

@@ -6,6 +6,7 @@ computes only those (PowerInfer-2 §4.1).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from pi2.container.reader import PiModel
 
 TokenIds = NDArray[np.int64]
+FfnObserver = Callable[[int, F32], None]
+"""Hears of every FFN before it is computed: its number and its input (n, d), which it must not change."""
 
 
 @dataclass(slots=True)
@@ -41,8 +44,9 @@ class Decoder:
         arch = model.architecture
         self.arch = arch
         self.ffn_count = FfnCount()
+        self.observer: FfnObserver | None = None
+        self.predictor = predictor  # may be exchanged for another that is attached
         self._backend = backend
-        self._predictor = predictor
         matrices = dense_matrices(arch)
         self._rows = {name: rows for name, (rows, _) in matrices.items()}
         self._tables = {name: model.matrix(name) for name in matrices if name.startswith("embed.")}
@@ -150,7 +154,9 @@ class Decoder:
 
     def _ffn(self, layer: int) -> Any:
         def compute(x: F32) -> F32:
-            rows = self._predictor.predict(layer, x) if len(x) == 1 else None
+            if self.observer is not None:
+                self.observer(layer, x)
+            rows = self.predictor.predict(layer, x) if len(x) == 1 else None
             out = np.empty_like(x)
             self.ffn_count.active += self._backend.ffn(self._ffns[layer], x, out, rows)
             self.ffn_count.total += len(x) * self.arch.n_neurons

@@ -56,7 +56,8 @@ class Engine:
         predictor.attach(model, backend)
         self._parts = {"backend": backend, "storage": storage, "predictor": predictor}
         self._lossless = predictor.lossless
-        self._context = context
+        self.context = context
+        """Tokens of the KV cache at most; None: the model's maximum."""
         self.decoder = Decoder(model, backend, predictor)
         self._resources = ExitStack()
 
@@ -129,7 +130,7 @@ class Engine:
 
     def session(self) -> Session:
         """A conversation that keeps its KV cache from call to call."""
-        return Session(self.decoder, self.tokenizer, self._context)
+        return Session(self.decoder, self.tokenizer, self.context)
 
     def logits(self, ids: Sequence[int]) -> F32:
         """Logits after every token of ``ids``, (n, vocab), for evaluation."""
@@ -141,7 +142,7 @@ class Engine:
         config = {
             "model": str(self.model.path),
             "family": self.model.architecture.family,
-            "context": self._context or self.model.architecture.max_context,
+            "context": self.context or self.model.architecture.max_context,
             "prefill_chunk": PREFILL_CHUNK,
             "parts": {kind: part.describe() for kind, part in self._parts.items()},
             "checksums_verified": self.model.verified,

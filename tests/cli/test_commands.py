@@ -38,7 +38,7 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.endswith("[]\n")
-    for name in ("run", "chat", "convert", "inspect", "plugins", "doctor"):
+    for name in ("run", "chat", "convert", "inspect", "collect", "eval", "plugins", "doctor"):
         assert f"  {name} " in shown
 
 

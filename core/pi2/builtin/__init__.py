@@ -25,8 +25,10 @@ def pi2_storage_tiers() -> list[type[StorageTier]]:
 @hookimpl
 def pi2_predictors() -> list[type[Predictor]]:
     from pi2.builtin.exact_predictor import ExactPredictor
+    from pi2.builtin.lookahead_predictor import LookaheadPredictor
+    from pi2.builtin.oracle_predictor import OraclePredictor
 
-    return [ExactPredictor]
+    return [ExactPredictor, LookaheadPredictor, OraclePredictor]
 
 
 @hookimpl

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -14,9 +11,9 @@ import typer
 
 from pi2.cli.options import installed_plugins, load_source
 from pi2.cli.output import human_bytes, say
+from pi2.cli.progress import progress_bar
 
 _FORMATS = "q4_0, q8_0, f16 or f32"
-_STEP = 0.1  # of the whole, between two plain progress lines
 
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="GGUF file, or directory with config.json.")]
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="Directory to make.")]
@@ -50,7 +47,7 @@ def command(
     )
     model = load_source(source, installed_plugins())
     start = time.perf_counter()
-    with progress_bar() as progress:
+    with progress_bar(human_bytes) as progress:
         path = convert(model, destination, plan, progress, overwrite=force)
     manifest = read_manifest(path)
     total = sum(entry.nbytes for entry in manifest.files.values())
@@ -58,31 +55,3 @@ def command(
         say(f"note: {note}")
     say(f"{destination}: {human_bytes(total)} in {time.perf_counter() - start:.1f} s")
     say(f'next: pi2 run --model {shlex.quote(str(destination))} "Hello"')
-
-
-@contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback (what, bytes done, bytes in all) that shows a bar on a terminal, else a few lines."""
-    if not sys.stderr.isatty():
-        yield _plain_lines()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:32.32}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
-
-
-def _plain_lines() -> Callable[[str, int, int], None]:
-    said = 0.0
-
-    def show(what: str, done: int, total: int) -> None:
-        nonlocal said
-        share = done / total if total else 1.0
-        if share >= min(1.0, said + _STEP):
-            said = share
-            say(f"{share:4.0%}  {human_bytes(done)} of {human_bytes(total)}  {what}")
-
-    return show

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,8 +10,6 @@ import typer
 from pi2.errors import OptionError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pi2.api import ModelSource
     from pi2.engine import Engine
     from pi2.plugins import Plugins
@@ -21,6 +20,11 @@ Model = Annotated[
     str | None,
     typer.Option("--model", help="Directory of a pi2 model, or name of an installed one [env: PI2_MODEL]."),
 ]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Directory of a pi2 model, or name of an installed one.")
+]
+Texts = Annotated[list[Path], typer.Argument(metavar="TEXT...", help="Text files, UTF-8.")]
+Tokens = Annotated[int | None, typer.Option("--tokens", min=1, help="Use so many tokens at most.")]
 Backend = Annotated[str | None, typer.Option("--backend", help=f"What computes ({_PART}).")]
 Storage = Annotated[str | None, typer.Option("--storage", help=f"What reads the weights ({_PART}).")]
 Predictor = Annotated[str | None, typer.Option("--predictor", help=f"What names active neurons ({_PART}).")]

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from pi2.container.manifest import FileEntry, Manifest, read_manifest
 from pi2.container.reader import PiModel, open_model
-from pi2.container.writer import PartialModel, list_file
+from pi2.container.writer import PartialModel, list_file, replace_file
 
-__all__ = ["FileEntry", "Manifest", "PartialModel", "PiModel", "list_file", "open_model", "read_manifest"]
+__all__ = [
+    "FileEntry",
+    "Manifest",
+    "PartialModel",
+    "PiModel",
+    "list_file",
+    "open_model",
+    "read_manifest",
+    "replace_file",
+]

@@ -226,6 +226,29 @@ def _sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def replace_file(directory: Path, name: str, write: Callable[[Path], None]) -> None:
+    """Let ``write`` make the optional file ``name`` of a model under another name, then take it in.
+
+    A stop at any moment leaves a model that opens: with the old file, the new one, or one not listed.
+    Raises FormatError as ``list_file``, and StorageError if the model cannot be written.
+    """
+    fresh = directory / f"{name}.new"
+    try:
+        manifest = read_manifest(directory)
+        write(fresh)
+        if name in manifest.files:
+            files = {n: entry for n, entry in manifest.files.items() if n != name}
+            _replace_manifest(directory, dataclasses.replace(manifest, files=files))
+        fresh.replace(directory / name)
+        list_file(directory, name)
+    except OSError as e:
+        raise StorageError(
+            e.strerror or str(e), path=directory, hint="check that it may be written"
+        ) from None
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
 def list_file(directory: Path, name: str) -> None:
     """Enter the optional file ``name`` (predictors, statistics, plan), new or rewritten, into pi2.yaml.
 
@@ -237,7 +260,11 @@ def list_file(directory: Path, name: str) -> None:
         )
     manifest = read_manifest(directory)
     files = {**manifest.files, name: describe_member(directory, name)}
+    _replace_manifest(directory, dataclasses.replace(manifest, files=files))
+
+
+def _replace_manifest(directory: Path, manifest: Manifest) -> None:
     fresh = directory / f"{MANIFEST}.new"
-    _write(fresh, dataclasses.replace(manifest, files=files).to_yaml().encode())
+    _write(fresh, manifest.to_yaml().encode())
     fresh.replace(directory / MANIFEST)
     _sync_directory(directory)

@@ -1,0 +1,143 @@
+"""``pi2 collect``: which neurons are active, counted on text."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pi2.cli import options as o
+from pi2.cli.output import print_json, print_table, say
+from pi2.cli.progress import progress_bar
+from pi2.errors import OptionError, StorageError
+
+if TYPE_CHECKING:
+    from pi2.activation_counts import ActivationCounts
+    from pi2.collect import Collector
+
+STATISTICS = "statistics.safetensors"
+_SAVE_EVERY = 30.0  # seconds
+
+Batch = Annotated[str, typer.Option("--batch", metavar="B,B,...", help="Batch sizes, ascending.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", help=f"File to write; without it {STATISTICS} in the model.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Forget what was counted before.")]
+
+
+def command(
+    model: o.ModelArgument,
+    texts: o.Texts,
+    batch: Batch = "1,2,4,8,16,32",
+    tokens: o.Tokens = None,
+    output: Output = None,
+    force: Force = False,
+    backend: o.Backend = None,
+    storage: o.Storage = None,
+    json: o.Json = False,
+) -> None:
+    """Count on text how often each neuron is active.
+
+    The counts go into the model. Counting again adds what is new: Ctrl-C keeps what was counted, the
+    same command goes on, and other texts are added. A batch of B stands for B sequences decoded
+    together: B consecutive sequences of a text, at the same position.
+    """
+    from pi2.collect import Collector
+
+    with o.open_engine(model, backend=backend, storage=storage) as engine:
+        collector = Collector(engine, parse_batches(batch))
+        place = output or engine.model.path / STATISTICS
+        _check_writable(place)
+        if place.exists() and not force:
+            collector.resume(place)
+        before = collector.counts.tokens
+        try:
+            _run(collector, texts, tokens, place, listed=output is None)
+        except KeyboardInterrupt:
+            say(f"\nstopped: {collector.counts.tokens} tokens are counted; the same command goes on")
+            raise
+    if json:
+        print_json(describe(collector.counts, place))
+        return
+    say(f"{place}: {collector.counts.tokens - before} tokens counted, {collector.counts.tokens} in all")
+    _print_density(collector.counts)
+
+
+def _run(collector: Collector, texts: list[Path], tokens: int | None, place: Path, *, listed: bool) -> None:
+    """Count, and write at the end, now and then, and when it is stopped."""
+    written = time.monotonic(), collector.counts.tokens
+
+    def save() -> None:
+        nonlocal written
+        _save(collector.counts, place, listed=listed)
+        written = time.monotonic(), collector.counts.tokens
+
+    def checkpoint() -> None:
+        if time.monotonic() - written[0] > _SAVE_EVERY:
+            save()
+
+    try:
+        with progress_bar(lambda n: f"{n} tokens") as progress:
+            collector.run(texts, tokens, progress, checkpoint)
+    finally:
+        if collector.counts.tokens > written[1]:
+            save()
+
+
+def _save(counts: ActivationCounts, place: Path, *, listed: bool) -> None:
+    if listed:
+        from pi2.container import replace_file
+
+        replace_file(place.parent, place.name, counts.save)
+        return
+    fresh = place.with_name(f"{place.name}.new")
+    try:
+        counts.save(fresh)
+        fresh.replace(place)
+    except OSError as e:
+        raise StorageError(e.strerror or str(e), path=place, hint="check that it may be written") from None
+
+
+def _check_writable(place: Path) -> None:
+    """Now, not after an hour of counting."""
+    if not os.access(place.parent, os.W_OK) or place.is_dir():
+        raise StorageError(
+            "cannot be written",
+            path=place,
+            hint="name another file with --output FILE, in a directory that is there",
+        )
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    """``"1,2,4"`` -> (1, 2, 4).  Raises OptionError."""
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError:
+        raise OptionError(
+            f"--batch takes numbers, not {text!r}", hint="for example --batch 1,2,4,8"
+        ) from None
+
+
+def describe(counts: ActivationCounts, place: Path) -> dict[str, Any]:
+    """The object of ``--json``.  A density is None for batch sizes that no text had enough sequences for."""
+    return {
+        "path": str(place),
+        "tokens": counts.tokens,
+        "sequence": counts.sequence,
+        "texts": counts.texts,
+        "batches": counts.batches,
+        "steps": counts.steps.tolist(),
+        "density": [[None if d != d else d for d in row] for row in counts.density.tolist()],
+    }
+
+
+def _print_density(counts: ActivationCounts) -> None:
+    def cells(shares: list[float]) -> list[str]:
+        return ["-" if share != share else f"{share:.1%}" for share in shares]
+
+    rows = [["layer", *(f"batch {b}" for b in counts.batches)]]
+    rows += [[str(layer), *cells(shares)] for layer, shares in enumerate(counts.density.tolist())]
+    print_table([*rows, ["mean", *cells(counts.density.mean(axis=0).tolist())]])

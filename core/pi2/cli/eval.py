@@ -1,0 +1,117 @@
+"""``pi2 eval``: what a predictor is worth on a model and a text."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from pi2.cli import options as o
+from pi2.cli.output import print_json, print_table, say
+from pi2.cli.progress import progress_bar
+
+if TYPE_CHECKING:
+    from pi2.evaluate import Evaluation, LayerScore
+
+Sequence = Annotated[
+    int | None,
+    typer.Option("--sequence", min=2, help="Tokens of a sequence of the text; without it at most 256."),
+]
+EvalTokens = Annotated[int, typer.Option("--tokens", min=1, help="Use so many tokens at most.")]
+Against = Annotated[
+    Literal["dense", "nothing"], typer.Option("--against", help="Compare with the dense model, or do not.")
+]
+
+
+def command(
+    model: o.ModelArgument,
+    texts: o.Texts,
+    predictor: o.Predictor = None,
+    against: Against = "dense",
+    tokens: EvalTokens = 2048,
+    sequence: Sequence = None,
+    backend: o.Backend = None,
+    storage: o.Storage = None,
+    json: o.Json = False,
+) -> None:
+    """Judge a predictor on text: perplexity, agreement with the dense model, recall, cost.
+
+    The text is read one token at a time, as in decoding, where the predictor is asked, and again with
+    every neuron: the dense model. Active is what a gate in float32 says: a
+    backend that rounds to int8 decides otherwise near zero.
+    """
+    from pi2.evaluate import evaluate
+
+    with o.open_engine(model, backend=backend, storage=storage, predictor=predictor) as engine:
+        setup = engine.setup()
+        with progress_bar(lambda n: f"{n} tokens") as progress:
+            found = evaluate(
+                engine, texts, tokens=tokens, sequence=sequence,
+                against_dense=against == "dense", progress=progress,
+            )  # fmt: skip
+    if not setup["lossless"]:
+        say(f"lossy: the predictor {setup['predictor']} may miss active neurons")
+    if json:
+        print_json(describe(found, setup))
+    else:
+        _print(found, setup)
+
+
+def describe(found: Evaluation, setup: dict[str, Any]) -> dict[str, Any]:
+    """The object of ``--json``."""
+    dense = found.dense
+    return {
+        "sequence": found.sequence,
+        "sequences": found.sequences,
+        "scored_tokens": found.scored,
+        "perplexity": _finite(found.sparse.perplexity),
+        "dense_perplexity": None if dense is None else _finite(dense.perplexity),
+        "perplexity_loss": None if found.loss is None else _finite(found.loss),
+        "agreement": found.agreement,
+        "tokens_per_s": _rate(found),
+        **_figures(found.overall()),
+        "layers": [{"layer": layer, **_figures(score)} for layer, score in enumerate(found.layers)],
+        **setup,
+    }
+
+
+def _figures(score: LayerScore) -> dict[str, float]:
+    """``predictor_s``: seconds of one call, which is one token in one layer."""
+    return {
+        "density": score.density,
+        "predicted_density": score.predicted_density,
+        "recall": score.recall,
+        "precision": score.precision,
+        "predictor_s": score.seconds / score.calls,
+    }
+
+
+def _rate(found: Evaluation) -> float:
+    return found.layers[0].calls / found.seconds
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _print(found: Evaluation, setup: dict[str, Any]) -> None:
+    rows = [["layer", "density", "predicted", "recall", "precision", "predictor"]]
+    named = [*((str(i), s) for i, s in enumerate(found.layers)), ("mean", found.overall())]
+    for name, score in named:
+        f = _figures(score)
+        shares = [f"{f[k]:.2%}" for k in ("density", "predicted_density", "recall", "precision")]
+        rows.append([name, *shares, f"{f['predictor_s'] * 1e6:.0f} us"])
+    print_table(rows)
+    print()
+    lines = [
+        ("predictor", setup["config"]["parts"]["predictor"]),
+        ("lossless", "yes" if setup["lossless"] else "no: neurons may be missed"),
+        ("tokens", f"{found.scored} foreseen, {found.sequences} sequences of {found.sequence}"),
+        ("perplexity", f"{found.sparse.perplexity:.4f}"),
+    ]
+    if found.dense is not None:
+        lines.append(("dense", f"{found.dense.perplexity:.4f}, lost {found.loss:+.3%}"))
+        lines.append(("agreement", f"{found.agreement:.2%} of the likeliest tokens"))
+    lines.append(("speed", f"{_rate(found):.1f} tokens/s on {setup['backend']}"))
+    print_table(lines)
