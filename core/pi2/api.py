@@ -260,6 +260,43 @@ class SupportsView(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsAsyncRead(Protocol):
+    """Optional power of a storage tier that reads while the caller does something else.  Thread-safe.
+
+    A ticket is good for one ``wait`` or one ``cancel``; until then ``into`` belongs to the tier.
+    """
+
+    def submit(self, file: int, ranges: Ranges, into: U8, priority: int = 0) -> int:
+        """Start what ``StorageTier.read`` does and return a ticket.
+
+        What has not begun is served by priority, lowest first: 0 for what somebody waits for, 1 for a
+        guess.  Raises StorageError for ranges outside of the file.
+        """
+        ...
+
+    def poll(self, ticket: int) -> bool:
+        """Whether ``wait`` would return at once."""
+        ...
+
+    def wait(self, ticket: int) -> None:
+        """Until every byte is in ``into``, or StorageError with path and offset.  Never for ever."""
+        ...
+
+    def cancel(self, ticket: int) -> None:
+        """Give up; what has not begun is not read.  Afterwards nobody writes to ``into``."""
+        ...
+
+
+@runtime_checkable
+class SupportsStorageAbi(Protocol):
+    """Optional power of a storage tier that native code can read through, without Python in between."""
+
+    def abi_address(self) -> int:
+        """Address of a ``pi2_storage_abi`` (include/pi2_abi.h), valid until the tier is closed."""
+        ...
+
+
 def parse_options(cls: type, options: Mapping[str, str]) -> dict[str, Any]:
     """Texts -> arguments of ``cls.__init__``, by its annotations (int, float, bool, str)."""
     parameters = inspect.signature(cls).parameters
