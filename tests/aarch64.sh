@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Cross-builds pi2 and its CPU backend for 64-bit ARM, and runs the backend's tests under qemu-user on three CPU models.
+# Cross-builds pi2 and its CPU backend for 64-bit ARM, and runs the backend's tests under qemu-user on three CPU
+# models, then its kernels under sanitizers.
 # usage: tests/aarch64.sh [DIRECTORY] [pytest arguments]
 # DIRECTORY (default ~/.cache/pi2-aarch64) keeps an arm64 Python of this Debian release: no root, no chroot, no binfmt.
 # A kernel whose instructions are too new for a model dies there with SIGILL.
@@ -18,10 +19,14 @@ as_root() { if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi; }
 say() { printf '\n== %s (after %d s)\n' "$1" "$SECONDS"; }
 
 install_tools() {
-    command -v aarch64-linux-gnu-g++ qemu-aarch64 >/dev/null && return
-    as_root apt-get update -q
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends \
-        g++-aarch64-linux-gnu qemu-user
+    if ! { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null; then
+        as_root apt-get update -q
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends \
+            g++-aarch64-linux-gnu qemu-user
+    fi
+    [ -e "$work/tools/bin/pip" ] || python3 -m venv "$work/tools"
+    PATH=$work/tools/bin:$PATH
+    pip install -q hatchling scikit-build-core cmake ninja
 }
 
 # An arm64 Python with all that it needs, unpacked by an apt that keeps its state apart from the machine's own.
@@ -64,12 +69,12 @@ make_site() {
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)
 set(CMAKE_CXX_COMPILER aarch64-linux-gnu-g++)
-set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
 CMAKE
+    # No isolation: it would fetch an aarch64 cmake, too.
     _PYTHON_HOST_PLATFORM=linux-aarch64 CMAKE_TOOLCHAIN_FILE=$work/aarch64.cmake \
-        python3 -m pip wheel -q --no-deps -w "$wheels" "$repo" "$repo/plugins/backend_cpu"
+        pip wheel -q --no-build-isolation --no-deps -w "$wheels" "$repo" "$repo/plugins/backend_cpu"
     version=$(basename "$root"/usr/bin/python3.?*)
-    python3 -m pip install -q --target "$site" --only-binary=:all: --implementation cp \
+    pip install -q --target "$site" --only-binary=:all: --implementation cp \
         --python-version "${version#python}" --abi "cp${version//[a-z.]/}" --abi abi3 --abi none \
         --platform linux_aarch64 --platform manylinux2014_aarch64 --platform manylinux_2_17_aarch64 \
         --platform manylinux_2_27_aarch64 --platform manylinux_2_28_aarch64 \
@@ -77,11 +82,12 @@ CMAKE
 }
 
 # run_tests CPU_MODEL INSTRUCTION_SET [pytest arguments]: INSTRUCTION_SET must be the best that is found there.
+# Becomes qemu: run it in the background.
 run_tests() {
     local model=$1 expected=$2
     shift 2
-    PYTHONHOME=$root/usr PYTHONPATH=$site PYTHONDONTWRITEBYTECODE=1 OPENBLAS_NUM_THREADS=1 \
-        PI2_EXPECT_ISA=$expected nice -n 5 qemu-aarch64 -cpu "$model" -L "$root" "$root"/usr/bin/python3 \
+    exec env PYTHONHOME="$root/usr" PYTHONPATH="$site" PYTHONDONTWRITEBYTECODE=1 OPENBLAS_NUM_THREADS=1 \
+        PI2_EXPECT_ISA="$expected" nice -n 5 qemu-aarch64 -cpu "$model" -L "$root" "$root"/usr/bin/python3 \
         -m pytest -q -p no:cacheprovider --hypothesis-profile emulated "$repo/plugins/backend_cpu/tests" "$@"
 }
 
@@ -92,9 +98,19 @@ make_site
 say "wheels: $(cd "$work/wheels" && echo ./*)"
 cd "$repo"
 failed=0
-for pair in cortex-a53:neon cortex-a76:neon_dotprod max,sve=off:neon_dotprod; do
-    say "cpu ${pair%:*}, which should run ${pair#*:}"
-    run_tests "${pair%:*}" "${pair#*:}" "$@" || failed=1
+models=(cortex-a53:neon cortex-a76:neon_dotprod "max,sve=off:neon_dotprod")
+running=()
+trap '[ ${#running[@]} = 0 ] || kill "${running[@]}" 2>/dev/null || true' EXIT
+for pair in "${models[@]}"; do
+    run_tests "${pair%:*}" "${pair#*:}" "$@" >"$work/${pair%:*}.log" 2>&1 &
+    running+=($!)
 done
+for i in "${!models[@]}"; do
+    wait "${running[i]}" || failed=1
+    unset "running[i]"
+    say "cpu ${models[i]%:*}, which should run ${models[i]#*:}"
+    cat "$work/${models[i]%:*}.log"
+done
+"$repo/tests/sanitize.sh" aarch64 "$work/sanitize" || failed=1
 say "$([ $failed = 0 ] && echo passed || echo FAILED)"
 exit $failed

@@ -29,6 +29,7 @@ find_tools() {
 stress() {
     local build=$work/$machine-${1//,/-}
     printf '\n== %s, %s: stress %s %s (after %d s)\n' "$machine" "$1" "$2" "$3" "$SECONDS"
+    rm -f "$build/CMakeCache.txt" # it may be another checkout's
     cmake -G Ninja -S "$repo/plugins/backend_cpu" -B "$build" -DPI2_SANITIZE="$1" "${configure[@]}" \
         >"$work/cmake.log" || { cat "$work/cmake.log" && exit 1; }
     nice -n 5 cmake --build "$build" --target stress >"$work/build.log" || { cat "$work/build.log" && exit 1; }
@@ -55,6 +56,7 @@ native)
     read_files address,undefined
     read_files thread
     stress address,undefined,float-cast-overflow kernels 1000
+    stress thread kernels 100
     stress thread pool 250
     ;;
 aarch64)

@@ -24,7 +24,12 @@ class Norm:
 
     def __call__(self, x: F32) -> F32:
         if self.kind == "layer":
-            x = x - x.mean(axis=-1, keepdims=True)
-        mean_square = np.mean(np.square(x), axis=-1, keepdims=True)
-        y: F32 = x / np.sqrt(mean_square + np.float32(self.eps)) * self.weight
+            x = x - _mean(x)
+        y: F32 = x / np.sqrt(_mean(np.square(x)) + np.float32(self.eps)) * self.weight
         return y if self.bias is None else y + self.bias
+
+
+def _mean(x: F32) -> F32:
+    """Over the last axis, which stays as one element; np.mean takes three times as long for one token."""
+    total: F32 = np.add.reduce(x, axis=-1, keepdims=True)
+    return total / np.float32(x.shape[-1])

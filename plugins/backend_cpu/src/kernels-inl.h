@@ -99,19 +99,24 @@ struct Make {
     }
   }
 
-  // y[0 .. width) += sum over k of h[k] * w[k][0 .. width); w is (k, width)
+  // B blocks of y[0 .. width) += sum over k of h[k] * w[k][0 .. width); w is (k, width)
+  template <int B>
+  static inline void add_blocks(const float* h, const float* w, int64_t k, int64_t width, float* y) {
+    F acc[B * kVecs];
+    for (int i = 0; i < B * kVecs; ++i) acc[i] = V::load(y + i * W);
+    for (int64_t n = 0; n < k; ++n) {
+      if (h[n] == 0) continue;
+      const F hn = V::broadcast(h[n]);
+      for (int i = 0; i < B * kVecs; ++i) acc[i] = V::fma(hn, V::load(w + n * width + i * W), acc[i]);
+    }
+    for (int i = 0; i < B * kVecs; ++i) V::store(y + i * W, acc[i]);
+  }
+
   static void add_product(const float* h, const float* w, int64_t k, int64_t width, float* y) {
     int64_t c = 0;
-    for (; c + kBlock <= width; c += kBlock) {
-      F acc[kVecs];
-      for (int i = 0; i < kVecs; ++i) acc[i] = V::load(y + c + i * W);
-      for (int64_t n = 0; n < k; ++n) {
-        if (h[n] == 0) continue;
-        const F hn = V::broadcast(h[n]);
-        for (int i = 0; i < kVecs; ++i) acc[i] = V::fma(hn, V::load(w + n * width + c + i * W), acc[i]);
-      }
-      for (int i = 0; i < kVecs; ++i) V::store(y + c + i * W, acc[i]);
-    }
+    for (; c + V::kBlocks * kBlock <= width; c += V::kBlocks * kBlock)
+      add_blocks<V::kBlocks>(h, w + c, k, width, y + c);
+    for (; c + kBlock <= width; c += kBlock) add_blocks<1>(h, w + c, k, width, y + c);
     for (; c < width; ++c)
       for (int64_t n = 0; n < k; ++n)
         if (h[n] != 0) y[c] += h[n] * w[n * width + c];

@@ -112,3 +112,20 @@ inline Value dot(int32_t dtype, const uint8_t* row, const float* x, int64_t cols
   }
   return {sum, tolerance * size + static_cast<double>(cols) * 0x1p-126};  // subnormals may be flushed
 }
+
+struct Context {
+  pi2_cpu* cpu;
+  bool integer;
+  std::string name;
+  double tolerance(int32_t dtype) const {
+    return integer && (dtype == PI2_Q8_0 || dtype == PI2_Q4_0) ? kRounded : kExact;
+  }
+};
+
+inline void check(const Context& c, const char* what, double got, Value want) {
+  if (std::fabs(got - want.value) <= want.bound) return;
+  fail(c.name + ": " + what + " gave " + std::to_string(got) + ", not " + std::to_string(want.value) +
+       " +- " + std::to_string(want.bound));
+}
+
+void attention_case(Random& r, const Context& c);
