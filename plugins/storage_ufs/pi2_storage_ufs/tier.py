@@ -107,17 +107,17 @@ class UfsTier(StorageTier):
     def counts(self) -> dict[str, int]:
         """Since the tier was opened: ranges asked, reads sent, reads saved by merging, bytes read, files."""
         counts = native.Counts()
-        self._lib.pi2_ufs_count(self._ufs, byref(counts))
+        self._lib.pi2_ufs_count(self._open(), byref(counts))
         return {field[0]: int(getattr(counts, field[0])) for field in native.Counts._fields_}
 
     def open_file(self, path: Path) -> int:
         if "\0" in str(path):
             raise StorageError("no file has such a name", path=path)
-        return self._opened(path, self._lib.pi2_ufs_open_file(self._ufs, os.fsencode(path)))
+        return self._opened(path, self._lib.pi2_ufs_open_file(self._open(), os.fsencode(path)))
 
     def open_descriptor(self, descriptor: int, size: int, path: Path) -> int:
         """Take over a descriptor of something with ``size`` bytes; ``path`` names it in errors."""
-        return self._opened(path, self._lib.pi2_ufs_open_descriptor(self._ufs, descriptor, size))
+        return self._opened(path, self._lib.pi2_ufs_open_descriptor(self._open(), descriptor, size))
 
     def _opened(self, path: Path, file: int) -> int:
         if file < 0:
@@ -130,6 +130,7 @@ class UfsTier(StorageTier):
 
     def submit(self, file: int, ranges: Ranges, into: U8, priority: int = 0) -> int:
         """Start reading and return a ticket (api.SupportsAsyncRead)."""
+        self._open()
         failure = native.Failure()
         reads = _addressed(ranges, into, self._paths[file])
         ticket: int = self._abi.submit(
@@ -185,8 +186,15 @@ class UfsTier(StorageTier):
             self._results[ticket] = failure
         return over
 
+    def _open(self) -> int:
+        """The native reader."""
+        if self._ufs is None:
+            raise PluginError("the ufs tier is closed", hint="open it again")
+        return self._ufs
+
     def abi_address(self) -> int:
         """Where the ``pi2_storage_abi`` of this tier is (api.SupportsStorageAbi)."""
+        self._open()
         return ctypes.addressof(self._abi)
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pi2
 import pi2_storage_ufs
 import pytest
@@ -116,3 +117,19 @@ def test_a_name_that_no_file_has_is_refused():
     with pytest.raises(StorageError, match="no file has such a name"):
         opened.open_file(Path("a\0b"))
     opened.close()
+
+
+def test_a_closed_tier_refuses_everything():
+    opened = UfsTier.open()
+    file = opened.open_file(PLUGIN / "README.md")
+    opened.close()
+    assert opened.describe()
+    for call in (
+        opened.counts,
+        opened.abi_address,
+        lambda: opened.open_file(PLUGIN / "README.md"),
+        lambda: opened.open_descriptor(0, 1, PLUGIN),
+        lambda: opened.submit(file, np.empty((0, 2), np.int64), np.empty(0, np.uint8)),
+    ):
+        with pytest.raises(PluginError, match="closed"):
+            call()
