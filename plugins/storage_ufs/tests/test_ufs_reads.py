@@ -61,8 +61,8 @@ def forget(path):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_page_cache_stays_empty(engine, path, content):
     forget(path)
-    before = pages_in_cache(path)
-    assert before == 0
+    if pages_in_cache(path):
+        pytest.skip(f"{path.parent} lies in memory: name another place with --basetemp")
     tier = UfsTier.open({"engine": engine})
     into = aligned(SIZE)
     file = tier.open_file(path)
