@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Cross-builds pi2 and its CPU backend for 64-bit ARM, and runs the backend's tests under qemu-user on three CPU
-# models, then its kernels under sanitizers.
+# models.
 # usage: tests/aarch64.sh [DIRECTORY] [pytest arguments]
 # DIRECTORY (default ~/.cache/pi2-aarch64) keeps an arm64 Python of this Debian release: no root, no chroot, no binfmt.
 # A kernel whose instructions are too new for a model dies there with SIGILL.
@@ -38,6 +38,7 @@ make_root() {
     : >"$apt/status"
     mirror=$(grep -hoE 'https?://[^ ]+/debian/?( |$)' /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null |
         head -n 1 || true)
+    [ -n "$mirror" ] || { echo "no Debian mirror in /etc/apt: this needs a Debian machine" >&2; exit 1; }
     release=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
     echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]" \
         "$mirror $release main" >"$apt/sources.list"
@@ -111,6 +112,5 @@ for i in "${!models[@]}"; do
     say "cpu ${models[i]%:*}, which should run ${models[i]#*:}"
     cat "$work/${models[i]%:*}.log"
 done
-"$repo/tests/sanitize.sh" aarch64 "$work/sanitize" || failed=1
 say "$([ $failed = 0 ] && echo passed || echo FAILED)"
 exit $failed

@@ -55,8 +55,8 @@ native)
     "${launch[@]}" true 2>/dev/null || launch=() # some containers forbid it, and some kernels do not need it
     read_files address,undefined
     read_files thread
-    stress address,undefined,float-cast-overflow kernels 1000
-    stress thread kernels 100
+    stress address,undefined,float-cast-overflow kernels 500
+    stress thread kernels 30
     stress thread pool 250
     ;;
 aarch64)
