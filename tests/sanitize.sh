@@ -36,12 +36,25 @@ stress() {
     nice -n 5 "${launch[@]}" "$build/stress" "$2" "$3"
 }
 
+# read_files SANITIZERS: the flash reader's threads and buffers, on every way to read
+read_files() {
+    local build=$work/storage-${1//,/-}
+    printf '\n== storage_ufs, %s (after %d s)\n' "$1" "$SECONDS"
+    rm -f "$build/CMakeCache.txt" # it may be another checkout's
+    cmake -G Ninja -S "$repo/plugins/storage_ufs" -B "$build" -DPI2_SANITIZE="$1" \
+        >"$work/cmake.log" || { cat "$work/cmake.log" && exit 1; }
+    nice -n 5 cmake --build "$build" --target stress >"$work/build.log" || { cat "$work/build.log" && exit 1; }
+    nice -n 5 "${launch[@]}" "$build/stress" "$build" 150
+}
+
 find_tools
 case $machine in
 native)
     # ThreadSanitizer needs its shadow's place, where randomised addresses may have put the program.
     launch=(setarch "$(uname -m)" -R)
     "${launch[@]}" true 2>/dev/null || launch=() # some containers forbid it, and some kernels do not need it
+    read_files address,undefined
+    read_files thread
     stress address,undefined,float-cast-overflow kernels 500
     stress thread kernels 30
     stress thread pool 250

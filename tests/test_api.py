@@ -1,8 +1,9 @@
 """The values of the plugin API: probes, and options given as text."""
 
 import pytest
-from pi2.api import Plugin, Probe, parse_options
+from pi2.api import Plugin, Probe
 from pi2.errors import OptionError
+from pi2.options import parse_options
 
 
 class Configured(Plugin):

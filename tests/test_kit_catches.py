@@ -20,6 +20,7 @@ FILES = {
 
 CAUGHT_BY = {
     "AddsToTheOutput": "ffn_is_the_sum_over_its_neurons",
+    "AnswersBeforeItHasRead": "reads_in_flight_end_as_plain_reads_do",
     "ChangesItsInput": "ffn_is_the_sum_over_its_neurons",
     "ClaimsTooCoarseATolerance": "its_tolerance_is_positive_and_finer_than_eight_bits",
     "CountsEveryNeuron": "ffn_is_the_sum_over_its_neurons",
@@ -53,6 +54,7 @@ CAUGHT_BY = {
     "SumsInAnOrderThatDependsOnTheRows": "neurons_that_are_zero_change_no_bit",
     "SwallowsNan": "ffn_keeps_what_is_not_finite_in_its_row",
     "SwapsTheNibbles": "linear_is_the_matrix_product_of_the_exact_weights",
+    "WritesAfterACancel": "reads_in_flight_end_as_plain_reads_do",
     "WritesBehindTheOutput": "linear_is_the_matrix_product_of_the_exact_weights",
     "WritesBehindTheTokens": "attention_is_the_block_of_its_formula",
 }

@@ -52,6 +52,44 @@ class TestNamesNoFile(StorageTierTests):
             return super().open_file(path) if path.exists() else 99
 
 
+class TestAnswersBeforeItHasRead(StorageTierTests):
+    class plugin(MmapTier):  # noqa: N801
+        tickets = 0
+
+        def submit(self, file, ranges, into, priority=0):
+            self.tickets += 1
+            if not priority:
+                self.read(file, ranges, into)
+            return self.tickets
+
+        def poll(self, ticket):
+            return True
+
+        def wait(self, ticket): ...
+
+        def cancel(self, ticket): ...
+
+
+class TestWritesAfterACancel(StorageTierTests):
+    class plugin(MmapTier):  # noqa: N801
+        def __init__(self):
+            super().__init__()
+            self.reads = []
+
+        def submit(self, file, ranges, into, priority=0):
+            self.reads.append((file, ranges, into))
+            return len(self.reads) - 1
+
+        def poll(self, ticket):
+            return True
+
+        def wait(self, ticket):
+            for read in self.reads:
+                self.read(*read)
+
+        def cancel(self, ticket): ...
+
+
 class TestSharesOnePosition(StorageTierTests):
     """Seeks and reads as two steps, without a lock: right until two threads read at once."""
 

@@ -6,9 +6,8 @@ the engine asks ``isinstance`` once, when it starts.  Nothing here is called thr
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from pi2.attention import AttentionSpec
 from pi2.bundle import BundleGeometry
-from pi2.errors import OptionError
+from pi2.options import parse_options
 from pi2.tensor import F32, U8, Ids, Tensor
 
 if TYPE_CHECKING:
@@ -264,29 +263,38 @@ class SupportsView(Protocol):
         ...
 
 
-def parse_options(cls: type, options: Mapping[str, str]) -> dict[str, Any]:
-    """Texts -> arguments of ``cls.__init__``, by its annotations (int, float, bool, str)."""
-    parameters = inspect.signature(cls).parameters
-    converters: dict[str, Callable[[str], Any]] = {
-        "int": int,
-        "float": float,
-        "bool": _parse_bool,
-        "str": str,
-    }
-    parsed: dict[str, Any] = {}
-    for key, text in options.items():
-        if key not in parameters:
-            known = ", ".join(sorted(parameters)) or "none"
-            raise OptionError(f"{cls.__name__} has no option {key!r}", hint=f"its options: {known}")
-        annotation = parameters[key].annotation
-        kind = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
-        kind = kind.removesuffix(" | None")
-        try:
-            parsed[key] = converters[kind](text)
-        except (ValueError, KeyError):
-            raise OptionError(f"option {key} of {cls.__name__} takes a {kind}, not {text!r}") from None
-    return parsed
+@runtime_checkable
+class SupportsAsyncRead(Protocol):
+    """Optional power of a storage tier that reads while the caller does something else.  Thread-safe.
+
+    A ticket is good for one ``wait`` or one ``cancel``; until then ``into`` belongs to the tier.
+    """
+
+    def submit(self, file: int, ranges: Ranges, into: U8, priority: int = 0) -> int:
+        """Start what ``StorageTier.read`` does and return a ticket.
+
+        What has not begun is served by priority, lowest first: 0 for what somebody waits for, 1 for a
+        guess.  Raises StorageError for ranges outside of the file.
+        """
+        ...
+
+    def poll(self, ticket: int) -> bool:
+        """Whether ``wait`` would return at once."""
+        ...
+
+    def wait(self, ticket: int) -> None:
+        """Until every byte is in ``into``, or StorageError with path and offset.  Never for ever."""
+        ...
+
+    def cancel(self, ticket: int) -> None:
+        """Give up; what has not begun is not read.  Afterwards nobody writes to ``into``."""
+        ...
 
 
-def _parse_bool(text: str) -> bool:
-    return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+@runtime_checkable
+class SupportsStorageAbi(Protocol):
+    """Optional power of a storage tier that native code can read through, without Python in between."""
+
+    def abi_address(self) -> int:
+        """Address of a ``pi2_storage_abi`` (include/pi2_abi.h), valid until the tier is closed."""
+        ...

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from pi2.api import Backend, Predictor, StorageTier
 from pi2.chat_template import render
+from pi2.config import Settings
 from pi2.container.reader import PiModel, open_model
 from pi2.decoder import Decoder
 from pi2.errors import FormatError, OptionError
@@ -78,7 +79,7 @@ class Engine:
         Parts are named as ``name:key=value,...``; None picks the best that can run here.  ``context`` caps
         the KV cache, in tokens.  Raises Pi2Error with a hint.
         """
-        plugins = plugins or Plugins.installed()
+        plugins = plugins or Plugins.installed(Settings.from_environment())
         path = find_model(None if model is None else str(model), plugins)
         with ExitStack() as stack:
 

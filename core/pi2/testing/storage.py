@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,9 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pi2.api import Ranges, StorageTier, SupportsView
+from pi2.api import Ranges, StorageTier, SupportsAsyncRead, SupportsStorageAbi, SupportsView
 from pi2.errors import StorageError
+from pi2.tensor import U8
 from pi2.testing.plugin import PluginTests, examples
+from pi2.testing.storage_abi import read_through
 from pi2.testing.strategies import displaced, ranges
 
 SIZE = 3 * 4096 + 123
@@ -141,7 +144,8 @@ class StorageTierTests(PluginTests):
         file = tier.open_file(path)
         with path.open("r+b") as writer:
             writer.truncate(5000)
-        assert read_all(tier, file, one(4000, 1000)) == _content()[4000:5000]
+        with suppress(StorageError):  # what is left may be read, or refused because the file has changed
+            assert read_all(tier, file, one(4000, 1000)) == _content()[4000:5000]
         with pytest.raises(StorageError) as refusal:
             tier.read(file, one(4500, 1000), np.empty(1000, np.uint8))
         assert refusal.value.path == path
@@ -186,8 +190,80 @@ class StorageTierTests(PluginTests):
         assert refusal.value.path == path
         assert refusal.value.offset is not None
 
+    @examples(60)
+    @given(data=st.data())
+    def test_reads_in_flight_end_as_plain_reads_do(
+        self, tier: StorageTier, file: int, data: st.DataObject
+    ) -> None:
+        """Submitted, polled, waited for and cancelled in any order, at any priority."""
+        reader, flying, given_back = _async(tier), dict[int, tuple[Ranges, U8]](), list[U8]()
+        for _ in range(data.draw(st.integers(1, 12))):
+            action = data.draw(st.sampled_from(("submit", "submit", "poll", "wait", "cancel")))
+            if action == "submit" or not flying:
+                wanted = data.draw(ranges(SIZE))
+                into = np.full(int(wanted[:, 1].sum()), _FILL, np.uint8)
+                ticket = reader.submit(file, wanted, into, data.draw(st.integers(0, 1)))
+                assert ticket not in flying
+                flying[ticket] = wanted, into
+                continue
+            ticket = data.draw(st.sampled_from(sorted(flying)))
+            if action == "poll":
+                reader.poll(ticket)
+                continue
+            wanted, into = flying.pop(ticket)
+            getattr(reader, action)(ticket)
+            if action == "wait":
+                assert into.tobytes() == read_all(tier, file, wanted)
+            into[:] = _FILL
+            given_back.append(into)
+        for ticket, (wanted, into) in flying.items():
+            reader.wait(ticket)
+            assert into.tobytes() == read_all(tier, file, wanted)
+        assert all(np.all(into == _FILL) for into in given_back), "wrote after the read was over"
+
+    def test_a_read_in_flight_can_be_polled_to_its_end(self, tier: StorageTier, file: int) -> None:
+        reader, into = _async(tier), np.empty(SIZE, np.uint8)
+        ticket = reader.submit(file, one(0, SIZE), into, 1)
+        while not reader.poll(ticket):
+            pass
+        reader.wait(ticket)
+        assert into.tobytes() == _content()
+
+    def test_a_read_in_flight_past_the_end_is_refused(self, tier: StorageTier, file: int, path: Path) -> None:
+        reader, into = _async(tier), np.empty(SIZE + 1, np.uint8)
+        with pytest.raises(StorageError) as refusal:
+            reader.wait(reader.submit(file, one(0, SIZE + 1), into))
+        assert refusal.value.path == path
+        assert refusal.value.offset is not None
+
+    @examples(50)
+    @given(wanted=ranges(SIZE), priority=st.integers(0, 1))
+    def test_native_code_reads_the_same_bytes(
+        self, tier: StorageTier, file: int, wanted: Ranges, priority: int
+    ) -> None:
+        if not isinstance(tier, SupportsStorageAbi):
+            pytest.skip(f"{tier.name} has no C ABI (an optional power, pi2.api.SupportsStorageAbi)")
+        into = np.full(int(wanted[:, 1].sum()), _FILL, np.uint8)
+        assert read_through(tier.abi_address(), file, wanted, into, priority) == 0
+        assert into.tobytes() == read_all(tier, file, wanted)
+
+    def test_native_code_is_refused_by_number(self, tier: StorageTier, file: int) -> None:
+        if not isinstance(tier, SupportsStorageAbi):
+            pytest.skip(f"{tier.name} has no C ABI (an optional power, pi2.api.SupportsStorageAbi)")
+        into, address = np.full(16, _FILL, np.uint8), tier.abi_address()
+        assert read_through(address, file, one(SIZE - 15, 16), into, 0) > 0
+        assert read_through(address, file, one(-1, 1), into, 0) > 0
+        assert read_through(address, 1 << 40, one(0, 1), into, 0) > 0
+        assert np.all(into == _FILL)
+
 
 def _viewer(tier: StorageTier) -> SupportsView:
     if not isinstance(tier, SupportsView):
         pytest.skip(f"{tier.name} has no views (an optional power, pi2.api.SupportsView)")
+    return tier
+
+
+def _async(tier: StorageTier) -> SupportsAsyncRead:
+    if not isinstance(tier, SupportsAsyncRead):
+        pytest.skip(f"{tier.name} only reads at once (an optional power, pi2.api.SupportsAsyncRead)")
     return tier

@@ -1,0 +1,23 @@
+// Who reads: an io_uring with one thread, or a pool of threads.
+#pragma once
+#include <memory>
+
+#include "queue.h"
+
+namespace pi2 {
+
+class Engine {
+ public:
+  virtual ~Engine() = default;  // after Queue::stop and wake: waits for its threads
+  virtual void wake() {}        // there is work, or the end has come
+  virtual void add_file(const File&) {}
+  virtual bool registered_buffers() const { return false; }
+  virtual bool registered_files() const { return false; }
+};
+
+std::unique_ptr<Engine> open_threads(Queue& queue, int threads);
+// Null with *error set if the kernel refuses.
+std::unique_ptr<Engine> open_uring(Queue& queue, int depth, int32_t* error);
+int uring_error();  // 0: there is io_uring
+
+}  // namespace pi2

@@ -1,0 +1,108 @@
+#include "plan.h"
+
+#include <errno.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+namespace pi2 {
+namespace {
+
+constexpr int kAttempts = 1000;  // of a read that the kernel says to try again, or that stays short
+
+int64_t down(int64_t x, int64_t block) { return x / block * block; }
+int64_t up(int64_t x, int64_t block) { return (x + block - 1) / block * block; }
+
+void complete(const File& file, Operation& op) {
+  const pi2_storage_read& first = op.pieces[0];
+  op.file = &file;
+  op.in_place = op.pieces.size() == 1 && first.offset == op.offset && first.nbytes == op.length &&
+                reinterpret_cast<uintptr_t>(first.into) % static_cast<uintptr_t>(file.block) == 0;
+}
+
+}  // namespace
+
+void FreeAligned::operator()(uint8_t* p) const { std::free(p); }
+
+std::vector<std::unique_ptr<Operation>> plan(const File& file, std::vector<pi2_storage_read> reads,
+                                             int64_t merge) {
+  std::stable_sort(reads.begin(), reads.end(),
+                   [](const auto& a, const auto& b) { return a.offset < b.offset; });
+  std::vector<std::unique_ptr<Operation>> ops;
+  Operation* open = nullptr;
+  for (pi2_storage_read rest : reads) {
+    while (rest.nbytes > 0) {
+      const int64_t begin = down(rest.offset, file.block);
+      // a range that was cut may have left us behind where the next one begins
+      const bool joins = open != nullptr && begin >= open->offset && begin <= open->offset + open->length &&
+                         rest.offset < open->offset + merge;
+      if (!joins) {
+        ops.push_back(std::make_unique<Operation>());
+        open = ops.back().get();
+        open->offset = begin;
+      }
+      const int64_t limit = open->offset + merge;
+      pi2_storage_read piece = rest;
+      piece.nbytes = std::min(rest.nbytes, limit - rest.offset);
+      const int64_t end = piece.offset + piece.nbytes;
+      open->length = std::max(open->length, up(end, file.block) - open->offset);
+      open->needed = std::max(open->needed, end - open->offset);
+      open->pieces.push_back(piece);
+      rest.offset += piece.nbytes;
+      rest.into += piece.nbytes;
+      rest.nbytes -= piece.nbytes;
+    }
+  }
+  for (auto& op : ops) complete(file, *op);
+  return ops;
+}
+
+bool Operation::find_buffer() {
+  if (buffer != nullptr) return true;
+  if (in_place) {
+    buffer = pieces[0].into;
+  } else {
+    const auto align = static_cast<std::size_t>(std::max<int64_t>(file->block, 4096));
+    owned.reset(static_cast<uint8_t*>(std::aligned_alloc(align, up(length, static_cast<int64_t>(align)))));
+    buffer = owned.get();
+  }
+  return buffer != nullptr;
+}
+
+bool Operation::advance(int64_t result, int32_t* code) {
+  *code = 0;
+  const bool again = result == -EINTR || result == -EAGAIN;
+  if (result < 0 && !again) {
+    *code = static_cast<int32_t>(-result);
+    return true;
+  }
+  if (result > 0 && done + result >= needed) {
+    done += result;
+    return true;
+  }
+  if (result == 0) {
+    *code = ENODATA;
+    return true;
+  }
+  if (++attempts > kAttempts) {
+    *code = EIO;
+    return true;
+  }
+  if (result > 0) {
+    const int64_t next = down(done + result, file->block);  // direct reads begin at a block
+    if (next == done && ++standstills > 1) *code = ENODATA;
+    done = next;
+  }
+  return *code != 0;
+}
+
+void Operation::deliver() const {
+  if (in_place) return;
+  for (const auto& piece : pieces)
+    std::memcpy(piece.into, buffer + (piece.offset - offset), static_cast<std::size_t>(piece.nbytes));
+}
+
+int64_t Operation::wanted_at() const { return std::max(pieces[0].offset, offset + done); }
+
+}  // namespace pi2

@@ -1,0 +1,52 @@
+// From the ranges that somebody wants to the reads that the device gets.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "file.h"
+#include "pi2_abi.h"
+
+namespace pi2 {
+
+struct Ticket {
+  int64_t left = 0;  // operations
+  int32_t code = 0;
+  int64_t offset = -1;
+  bool dropped = false;  // cancelled, or failed: the rest need not be read
+};
+
+struct FreeAligned {
+  void operator()(uint8_t* p) const;
+};
+
+// One read of whole blocks, and the parts of it that somebody wants.
+struct Operation {
+  std::shared_ptr<Ticket> ticket;
+  const File* file = nullptr;
+  int64_t offset = 0, length = 0;  // multiples of the block
+  int64_t needed = 0;              // up to the end of the last piece, from `offset`
+  std::vector<pi2_storage_read> pieces;
+  bool in_place = false;  // straight into pieces[0].into
+  int32_t priority = 0;
+
+  uint8_t* buffer = nullptr;                      // (length), aligned
+  std::unique_ptr<uint8_t[], FreeAligned> owned;  // `buffer`, unless it is a slot or the caller's
+  int slot = -1;                                  // of the registered buffers
+  int64_t done = 0;                               // bytes read so far
+  int attempts = 0, standstills = 0;
+
+  // Takes the caller's memory, or allocates; false: out of memory.
+  bool find_buffer();
+  // What a read returned: bytes, or -errno.  True: over, with `code`; false: go on at offset + done.
+  bool advance(int64_t result, int32_t* code);
+  void deliver() const;  // copies the pieces out, unless they were read in place
+  int64_t wanted_at() const;
+};
+
+// Widens to blocks, joins what touches or overlaps up to `merge` bytes, cuts what is longer.  Empty ranges
+// vanish.  `reads` lie inside of the file.
+std::vector<std::unique_ptr<Operation>> plan(const File& file, std::vector<pi2_storage_read> reads,
+                                             int64_t merge);
+
+}  // namespace pi2
