@@ -8,6 +8,25 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 
 BASE = {"d": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "neurons": 96, "vocab": 320}
+FAMILIES = {
+    "llama": ({}, {}),
+    "qwen2": ({"biases": ("attn_q", "attn_k", "attn_v"), "tied": True}, {}),
+    "qwen3": ({"qk_norm": True}, {}),
+    "gemma3": (
+        {"qk_norm": True, "sandwich": True, "tied": True},
+        {"gemma3.attention.sliding_window": 16, "gemma3.rope.freq_base": 1e6},
+    ),
+    "arcee": ({"gated": False}, {}),
+    "nemotron": (
+        {"gated": False, "biases": ("attn_norm", "ffn_norm")},
+        {
+            "nemotron.attention.layer_norm_epsilon": 1e-5,
+            "nemotron.attention.layer_norm_rms_epsilon": None,
+            "nemotron.rope.dimension_count": 8,
+        },
+    ),
+}
+"""llama.cpp's name -> (arguments of ``shapes``, keys beside the usual ones)."""
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 
 

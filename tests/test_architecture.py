@@ -10,7 +10,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CORE = ROOT / "core" / "pi2"
 SOURCES = sorted(p for top in ("core", "plugins", "tests") for p in (ROOT / top).rglob("*.py"))
-NATIVE = sorted(p for end in ("*.c", "*.cpp", "*.h", "*.cl") for p in (ROOT / "plugins").rglob(end))
+NATIVE = sorted(
+    p
+    for top in ("core", "plugins")
+    for end in ("*.c", "*.cpp", "*.h", "*.cl")
+    for p in (ROOT / top).rglob(end)
+)
 LIBRARY = [p for p in SOURCES if p.is_relative_to(ROOT / "core") or "tests" not in p.parts]
 PLUGIN_PACKAGES = {p.name for p in (ROOT / "plugins").glob("*/pi2_*") if p.is_dir()}
 CONSOLE = CORE / "cli"  # the only place that talks to people
@@ -52,7 +57,6 @@ def test_a_function_has_at_most_60_lines(source: Path):
             assert node.end_lineno - node.lineno < 60, node.name
 
 
-@pytest.mark.skipif(not NATIVE, reason="no native sources yet")
 @pytest.mark.parametrize("path", NATIVE, ids=lambda p: p.name)
 def test_a_native_file_has_at_most_300_lines(path: Path):
     assert len(path.read_text().splitlines()) <= 300
@@ -104,10 +108,17 @@ def test_the_contracts_import_neither_engine_nor_command_line():
     [
         ("ruff", "check", "."),
         ("ruff", "format", "--check", "."),
-        ("mypy", "core/pi2"),
+        ("mypy", "core/pi2", *sorted(str(p) for p in (ROOT / "plugins").glob("*/pi2_*"))),
     ],
-    ids=" ".join,
+    ids=lambda command: " ".join(command[:2]),
 )
 def test_the_linters_are_content(command: tuple[str, ...]):
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_native_sources_are_formatted():
+    tool = Path(sys.executable).parent / "clang-format"
+    command = [tool, "--dry-run", "-Werror", *NATIVE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

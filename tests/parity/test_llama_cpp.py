@@ -11,7 +11,7 @@ difference; without their emulation pi2 differs by at most LOOSE (float32: llama
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
-from gguf_files import random_tensors, shapes, write
+from gguf_files import FAMILIES, random_tensors, shapes, write
 from parity.llama_cpp import LlamaCpp
 from pi2.activations import activate, hidden
 from pi2.builtin.exact_predictor import ExactPredictor
@@ -26,24 +26,6 @@ from pi2.sampling import Sampling
 
 TIGHT = {Type.F32: 1e-4, Type.F16: 1e-3, Type.Q8_0: 1.5e-2, Type.Q4_0: 1.5e-2}
 LOOSE = {Type.F32: 5e-4, Type.F16: 2e-3, Type.Q8_0: 5e-2, Type.Q4_0: 5e-2}
-FAMILIES = {
-    "llama": ({}, {}),
-    "qwen2": ({"biases": ("attn_q", "attn_k", "attn_v")}, {}),
-    "qwen3": ({"qk_norm": True}, {}),
-    "gemma3": (
-        {"qk_norm": True, "sandwich": True, "tied": True},
-        {"gemma3.attention.sliding_window": 16, "gemma3.rope.freq_base": 1e6},
-    ),
-    "arcee": ({"gated": False}, {}),
-    "nemotron": (
-        {"gated": False, "biases": ("attn_norm", "ffn_norm")},
-        {
-            "nemotron.attention.layer_norm_epsilon": 1e-5,
-            "nemotron.attention.layer_norm_rms_epsilon": None,
-            "nemotron.rope.dimension_count": 8,
-        },
-    ),
-}
 PROMPT = [5, 290, 17, 300, 262, 261, 270, 299, 281, 40] * 4  # 40 tokens: well beyond gemma3's window
 
 
