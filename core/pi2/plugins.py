@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -35,7 +35,6 @@ from pi2.errors import PluginError
 if TYPE_CHECKING:
     from pi2.config import Settings
 
-P = TypeVar("P", bound=Plugin)
 
 KINDS: dict[str, type[Plugin]] = {
     "backends": Backend,
