@@ -83,13 +83,14 @@ CMAKE
 }
 
 # run_tests CPU_MODEL INSTRUCTION_SET [pytest arguments]: INSTRUCTION_SET must be the best that is found there.
-# Becomes qemu: run it in the background.
+# Becomes qemu: run it in the background. Each has temporary files of its own: side by side, they would sweep each other's.
 run_tests() {
     local model=$1 expected=$2
     shift 2
     exec env PYTHONHOME="$root/usr" PYTHONPATH="$site" PYTHONDONTWRITEBYTECODE=1 OPENBLAS_NUM_THREADS=1 \
         PI2_EXPECT_ISA="$expected" nice -n 5 qemu-aarch64 -cpu "$model" -L "$root" "$root"/usr/bin/python3 \
-        -m pytest -q -p no:cacheprovider --hypothesis-profile emulated "$repo/plugins/backend_cpu/tests" "$@"
+        -m pytest -q -p no:cacheprovider --basetemp "$work/tmp-$model" --hypothesis-profile emulated \
+        "$repo/plugins/backend_cpu/tests" "$@"
 }
 
 install_tools
