@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pi2 import builtin
-from pi2.api import SupportsView
 from pi2.builtin.exact_predictor import ExactPredictor
 from pi2.builtin.lru_policy import LruPolicy
 from pi2.builtin.mmap_tier import MmapTier
 from pi2.builtin.numpy_backend import NumpyBackend
 from pi2.errors import StorageError
 from pi2.plugins import KINDS, Plugins
+from pi2.powers import SupportsView
 from pi2.tensor import DTYPES, Tensor
 
 

@@ -1,7 +1,7 @@
 """What pi2 asks of its plugins: five small classes, and the values that pass between them.
 
-These are the floor: what a plugin must write to be correct.  Optional powers are Protocols at the end;
-the engine asks ``isinstance`` once, when it starts.  Nothing here is called through pluggy per token.
+These are the floor: what a plugin must write to be correct.  Optional powers are the Protocols of
+``pi2.powers``.  Nothing here is called through pluggy per token.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pi2.attention import AttentionSpec
 from pi2.bundle import BundleGeometry
 from pi2.options import parse_options
 from pi2.tensor import F32, U8, Ids, Tensor
@@ -234,67 +233,4 @@ class ModelView(Protocol):
 
     def vector(self, name: str) -> F32:
         """A norm or bias outside the bundles by its canonical name (``pi2.inventory``), (n,)."""
-        ...
-
-
-@runtime_checkable
-class SupportsAttention(Protocol):
-    """Optional power of a backend that computes a whole attention block in one call."""
-
-    def place_attention(self, spec: AttentionSpec) -> object:
-        """Make the block usable on this device; only this backend can read the handle (``release``)."""
-        ...
-
-    def attention(self, block: Any, x: F32, keys: F32, values: F32, start: int, out: F32) -> None:
-        """``out`` = the block of ``x``, both (n, d), for the tokens at positions start ... start + n - 1.
-
-        ``keys`` and ``values`` (kv_heads, room, head_dim), float32, C-contiguous, hold the ``start`` tokens
-        before; those of ``x`` are written behind them, nothing else is.  room >= start + n.
-        """
-        ...
-
-
-@runtime_checkable
-class SupportsView(Protocol):
-    """Optional power of a storage tier whose bytes are addressable without copying."""
-
-    def view(self, file: int, offset: int, nbytes: int) -> U8:
-        """Read-only bytes of the file, valid until the tier is closed."""
-        ...
-
-
-@runtime_checkable
-class SupportsAsyncRead(Protocol):
-    """Optional power of a storage tier that reads while the caller does something else.  Thread-safe.
-
-    A ticket is good for one ``wait`` or one ``cancel``; until then ``into`` belongs to the tier.
-    """
-
-    def submit(self, file: int, ranges: Ranges, into: U8, priority: int = 0) -> int:
-        """Start what ``StorageTier.read`` does and return a ticket.
-
-        What has not begun is served by priority, lowest first: 0 for what somebody waits for, 1 for a
-        guess.  Raises StorageError for ranges outside of the file.
-        """
-        ...
-
-    def poll(self, ticket: int) -> bool:
-        """Whether ``wait`` would return at once."""
-        ...
-
-    def wait(self, ticket: int) -> None:
-        """Until every byte is in ``into``, or StorageError with path and offset.  Never for ever."""
-        ...
-
-    def cancel(self, ticket: int) -> None:
-        """Give up; what has not begun is not read.  Afterwards nobody writes to ``into``."""
-        ...
-
-
-@runtime_checkable
-class SupportsStorageAbi(Protocol):
-    """Optional power of a storage tier that native code can read through, without Python in between."""
-
-    def abi_address(self) -> int:
-        """Address of a ``pi2_storage_abi`` (include/pi2_abi.h), valid until the tier is closed."""
         ...

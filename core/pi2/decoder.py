@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pi2.api import Backend, FfnSpec, Predictor, SupportsAttention
+from pi2.api import Backend, FfnSpec, Predictor
 from pi2.attention import AttentionSpec, attend
 from pi2.inventory import dense_matrices, dense_vectors
 from pi2.kv_cache import KvCache
 from pi2.norm import Norm
+from pi2.powers import SupportsAttention
 from pi2.rope import RopeTable
 from pi2.tensor import F32, Tensor
 

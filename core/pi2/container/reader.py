@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from pi2 import inventory
-from pi2.api import StorageTier, SupportsView
+from pi2.api import StorageTier
 from pi2.architecture import Architecture
 from pi2.bundle import PAGE, BundleGeometry
 from pi2.container.layout import DENSE, NEURONS, neuron_tensors, stored_shape
@@ -21,6 +21,7 @@ from pi2.container.manifest import (
 )
 from pi2.container.safetensors_file import Entry, Header, parse_json, read_header
 from pi2.errors import FormatError, StorageError
+from pi2.powers import SupportsView
 from pi2.tensor import DTYPES, F32, U8, DType, Tensor
 
 VERIFY_UP_TO = 1 << 30  # bytes that are checksummed on opening without being asked: about a second

@@ -1,6 +1,6 @@
 /* The fast road between native plugins: versioned structs of function pointers, passed as addresses.
  *
- * A storage tier hands out the address of a pi2_storage_abi (pi2.api.SupportsStorageAbi); a native consumer
+ * A storage tier hands out the address of a pi2_storage_abi (pi2.powers.SupportsStorageAbi); a native consumer
  * checks `version`, and reads through it without Python in between.  Every function is thread-safe.  The
  * struct is valid until the tier is closed.
  */

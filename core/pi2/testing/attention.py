@@ -1,4 +1,4 @@
-"""Conformance tests of ``pi2.api.SupportsAttention``, an optional power of backends; part of BackendTests."""
+"""Conformance tests of ``pi2.powers.SupportsAttention``, an optional power; part of BackendTests."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from numpy.random import Generator
 
-from pi2.api import Backend, SupportsAttention
+from pi2.api import Backend
 from pi2.architecture import Rope
 from pi2.attention import AttentionSpec
 from pi2.norm import Norm
+from pi2.powers import SupportsAttention
 from pi2.rope import RopeTable
 from pi2.tensor import DTYPES, F32, Tensor
 from pi2.testing.attention_reference import attention
@@ -130,7 +131,7 @@ class AttentionTests(PluginTests):
     def attending(cls, backend: Backend) -> SupportsAttention:
         """The backend under test, if it has the power."""
         if not isinstance(backend, SupportsAttention):
-            pytest.skip(f"{backend.name} has no attention (an optional power, pi2.api.SupportsAttention)")
+            pytest.skip(f"{backend.name} has no attention (an optional power, pi2.powers.SupportsAttention)")
         return backend
 
     @examples(100)

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pi2.api import Ranges, StorageTier, SupportsAsyncRead, SupportsStorageAbi, SupportsView
+from pi2.api import Ranges, StorageTier
 from pi2.errors import StorageError
+from pi2.powers import SupportsAsyncRead, SupportsStorageAbi, SupportsView
 from pi2.tensor import U8
 from pi2.testing.plugin import PluginTests, examples
 from pi2.testing.storage_abi import read_through
@@ -242,14 +243,14 @@ class StorageTierTests(PluginTests):
         self, tier: StorageTier, file: int, wanted: Ranges, priority: int
     ) -> None:
         if not isinstance(tier, SupportsStorageAbi):
-            pytest.skip(f"{tier.name} has no C ABI (an optional power, pi2.api.SupportsStorageAbi)")
+            pytest.skip(f"{tier.name} has no C ABI (an optional power, pi2.powers.SupportsStorageAbi)")
         into = np.full(int(wanted[:, 1].sum()), _FILL, np.uint8)
         assert read_through(tier.abi_address(), file, wanted, into, priority) == 0
         assert into.tobytes() == read_all(tier, file, wanted)
 
     def test_native_code_is_refused_by_number(self, tier: StorageTier, file: int) -> None:
         if not isinstance(tier, SupportsStorageAbi):
-            pytest.skip(f"{tier.name} has no C ABI (an optional power, pi2.api.SupportsStorageAbi)")
+            pytest.skip(f"{tier.name} has no C ABI (an optional power, pi2.powers.SupportsStorageAbi)")
         into, address = np.full(16, _FILL, np.uint8), tier.abi_address()
         assert read_through(address, file, one(SIZE - 15, 16), into, 0) > 0
         assert read_through(address, file, one(-1, 1), into, 0) > 0
@@ -259,11 +260,11 @@ class StorageTierTests(PluginTests):
 
 def _viewer(tier: StorageTier) -> SupportsView:
     if not isinstance(tier, SupportsView):
-        pytest.skip(f"{tier.name} has no views (an optional power, pi2.api.SupportsView)")
+        pytest.skip(f"{tier.name} has no views (an optional power, pi2.powers.SupportsView)")
     return tier
 
 
 def _async(tier: StorageTier) -> SupportsAsyncRead:
     if not isinstance(tier, SupportsAsyncRead):
-        pytest.skip(f"{tier.name} only reads at once (an optional power, pi2.api.SupportsAsyncRead)")
+        pytest.skip(f"{tier.name} only reads at once (an optional power, pi2.powers.SupportsAsyncRead)")
     return tier

@@ -1,0 +1,200 @@
+"""Optional powers of plugins: Protocols that the engine asks for once, with ``isinstance``, when it starts.
+
+Every power has its slow twin in the floor (``pi2.api``), and a property test that both agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi2.api import FfnSpec, Ranges
+from pi2.attention import AttentionSpec
+from pi2.tensor import F32, U8, Ids
+
+
+class SlotState(IntEnum):
+    """What a slot of the neuron cache holds; one uint8 a slot, shared with native code."""
+
+    EMPTY = 0
+    LOADING = 1
+    """A prefetch is under way: the bytes belong to the storage tier."""
+    GATE = 2
+    """The gate is there, up and down are not: two-phase loading stopped at a gate of zero."""
+    PRESENT = 3
+
+
+class Stage(IntEnum):
+    """Stages of the cluster pipeline (PowerInfer-2 §4.3)."""
+
+    GATE_READ = 0
+    GATE_COMPUTE = 1
+    UP_DOWN_READ = 2
+    UP_DOWN_COMPUTE = 3
+
+
+SPANS = np.dtype(
+    [("ffn", "i4"), ("cluster", "i4"), ("stage", "u1"), ("thread", "u1"), ("neurons", "i4"),
+     ("start", "f8"), ("end", "f8")],
+    align=True,
+)  # fmt: skip
+"""What a pipeline did: seconds of ``time.perf_counter``; ``thread`` 255 is the storage tier's."""
+Spans = NDArray[np.void]
+
+
+@dataclass(frozen=True, slots=True)
+class FfnPlace:
+    """Where the bundles of FFN number ``ffn`` lie: a handle of the tier, the byte offset of bundle 0."""
+
+    ffn: int
+    path: Path
+    file: int
+    offset: int
+
+
+@dataclass(slots=True)
+class StreamCount:
+    """What one streamed FFN cost.  Seconds of wall clock, but the stages: of threads, added up."""
+
+    active: int = 0
+    reads: int = 0
+    bytes_read: int = 0
+    wall_s: float = 0.0
+    wait_s: float = 0.0
+    """No thread computed: all waited for the storage."""
+    gate_s: float = 0.0
+    up_down_s: float = 0.0
+
+
+@runtime_checkable
+class SupportsSlab(Protocol):
+    """Optional power of a backend that computes neurons out of a slab whose bytes change between calls."""
+
+    def place_slab(self, slab: U8, neurons: int, spec: FfnSpec) -> object:
+        """``slab`` (slots, stride) holds neurons of any FFN of the model, each of which has ``neurons``.
+
+        The bytes stay the caller's: a call sees what they are then.
+        """
+        ...
+
+    def slab_ffn(self, slab: Any, neurons: Ids, slots: Ids, x: F32, out: F32) -> int:
+        """``Backend.ffn`` over ``neurons`` (ascending, without repeats), of which i lies in ``slots[i]``.
+
+        The same bits as ``ffn`` of a handle with all neurons of that FFN and ``rows = neurons``.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsStreaming(SupportsSlab, Protocol):
+    """Optional power of a backend with a native cluster pipeline: it computes what is there while the rest
+    is being read (PowerInfer-2 §4.3).  A stream serves one call at a time.
+    """
+
+    def open_stream(
+        self, slab: Any, states: U8, storage: int, *, two_phase: bool, cluster: int, trace: bool
+    ) -> object:
+        """For a ``place_slab`` handle.  ``states`` (slots,) are ``SlotState``, read and written by calls.
+
+        ``storage`` is a ``SupportsStorageAbi.abi_address``.  ``two_phase``: read gates first, up and down
+        only where the gate is not zero.  ``cluster``: neurons that are read and computed as one unit.
+        """
+        ...
+
+    def stream_ffn(
+        self, stream: Any, place: FfnPlace, neurons: Ids, slots: Ids, x: F32, out: F32
+    ) -> StreamCount:
+        """``slab_ffn`` for one token, x (1, d), where slots that are not PRESENT are read first or meanwhile.
+
+        Slots that are LOADING are waited for.  Afterwards all are PRESENT, or GATE with a gate of zero.
+        The same bits as ``slab_ffn`` of a full slab.  Raises StorageError with path and offset; slots
+        that were not read are EMPTY then, and nobody writes to them.
+        """
+        ...
+
+    def stream_prefetch(self, stream: Any, place: FfnPlace, neurons: Ids, slots: Ids) -> None:
+        """Start to read whole bundles into ``slots``, EMPTY before, as a guess; they become LOADING."""
+        ...
+
+    def stream_settle(self, stream: Any, slots: Ids | None = None, *, cancel: bool = False) -> int:
+        """Until none of ``slots`` (all) is LOADING: PRESENT, or EMPTY if the read failed or was cancelled.
+
+        Returns the bytes that were read.
+        """
+        ...
+
+    def stream_spans(self, stream: Any) -> Spans:
+        """(n,) ``SPANS`` since the last call, if opened with ``trace``."""
+        ...
+
+    def close_stream(self, stream: Any) -> None:
+        """Wait for all reads and free the stream.  The slab is the caller's again."""
+        ...
+
+
+@runtime_checkable
+class SupportsAttention(Protocol):
+    """Optional power of a backend that computes a whole attention block in one call."""
+
+    def place_attention(self, spec: AttentionSpec) -> object:
+        """Make the block usable on this device; only this backend can read the handle (``release``)."""
+        ...
+
+    def attention(self, block: Any, x: F32, keys: F32, values: F32, start: int, out: F32) -> None:
+        """``out`` = the block of ``x``, both (n, d), for the tokens at positions start ... start + n - 1.
+
+        ``keys`` and ``values`` (kv_heads, room, head_dim), float32, C-contiguous, hold the ``start`` tokens
+        before; those of ``x`` are written behind them, nothing else is.  room >= start + n.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsView(Protocol):
+    """Optional power of a storage tier whose bytes are addressable without copying."""
+
+    def view(self, file: int, offset: int, nbytes: int) -> U8:
+        """Read-only bytes of the file, valid until the tier is closed."""
+        ...
+
+
+@runtime_checkable
+class SupportsAsyncRead(Protocol):
+    """Optional power of a storage tier that reads while the caller does something else.  Thread-safe.
+
+    A ticket is good for one ``wait`` or one ``cancel``; until then ``into`` belongs to the tier.
+    """
+
+    def submit(self, file: int, ranges: Ranges, into: U8, priority: int = 0) -> int:
+        """Start what ``StorageTier.read`` does and return a ticket.
+
+        What has not begun is served by priority, lowest first: 0 for what somebody waits for, 1 for a
+        guess.  Raises StorageError for ranges outside of the file.
+        """
+        ...
+
+    def poll(self, ticket: int) -> bool:
+        """Whether ``wait`` would return at once."""
+        ...
+
+    def wait(self, ticket: int) -> None:
+        """Until every byte is in ``into``, or StorageError with path and offset.  Never for ever."""
+        ...
+
+    def cancel(self, ticket: int) -> None:
+        """Give up; what has not begun is not read.  Afterwards nobody writes to ``into``."""
+        ...
+
+
+@runtime_checkable
+class SupportsStorageAbi(Protocol):
+    """Optional power of a storage tier that native code can read through, without Python in between."""
+
+    def abi_address(self) -> int:
+        """Address of a ``pi2_storage_abi`` (include/pi2_abi.h), valid until the tier is closed."""
+        ...
