@@ -1,38 +1,20 @@
 // The FFN as a sum over its neurons: gate first, up where the gate is not zero, down as a sum of rows.
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 
+#include "ffn.h"
+#include "cluster.h"
 #include "context.h"
 
 namespace {
 
 constexpr int64_t kNeurons = 16;  // claimed at a time: some 10 us of work
-constexpr int64_t kSlice =
-    256;                        // columns of down summed at a time: 16 outputs stay in registers, rows stream
 constexpr int64_t kPanel = 64;  // neurons decoded at a time for many tokens: 64 x 64 floats fit the L1 cache
 
 constexpr int64_t kAhead = 4;  // neurons: a dot takes some 40 ns, memory some 100 ns
 
-float activate(int32_t kind, float x) {
-  switch (kind) {
-    case PI2_RELU: return x <= 0 ? 0.0f : x;
-    case PI2_RELU2: return x <= 0 ? 0.0f : x * x;
-    case PI2_SILU: return x / (1.0f + std::exp(-x));
-    case PI2_GELU: return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f));
-    default: return 0.5f * x * (1.0f + std::tanh(0.79788456080286536f * (x + 0.044715f * x * x * x)));
-  }
-}
-
 const uint8_t* bundle(const pi2_ffn& f, const int32_t* rows, int64_t i) {
   return f.bundles + (rows ? rows[i] : i) * f.stride;
-}
-
-float bias(const pi2_ffn& f, const uint8_t* bundle, int which) {
-  if (f.bias_offset < 0) return 0.0f;
-  float value;
-  __builtin_memcpy(&value, bundle + f.bias_offset + 4 * which, 4);
-  return value;
 }
 
 // Asks memory for what the dots of a neuron certainly read: bundles lie too far apart for the hardware, which
@@ -51,7 +33,7 @@ int neuron(const pi2_cpu& cpu, const pi2_ffn& f, const uint8_t* b, const float* 
   dots(cpu, gated ? f.gate : f.up, b + (gated ? f.gate_offset : f.up_offset), x, t, count, d, h);
   int active = 0;
   for (int i = 0; i < count; ++i) {
-    h[i] = activate(f.activation, h[i] + bias(f, b, 0));
+    h[i] = pi2::activate(f.activation, h[i] + pi2::bias(f, b, 0));
     active += h[i] != 0.0f;
   }
   if (!gated || active == 0) return active;
@@ -65,29 +47,10 @@ int neuron(const pi2_cpu& cpu, const pi2_ffn& f, const uint8_t* b, const float* 
   active = 0;
   for (int i = 0; i < count; ++i) {
     if (h[i] == 0.0f) continue;
-    up[i] += bias(f, b, 1);
+    up[i] += pi2::bias(f, b, 1);
     h[i] *= f.up_relu && up[i] <= 0 ? 0.0f : up[i];
     active += h[i] != 0.0f;
   }
-  return active;
-}
-
-// One token: the down rows of the active neurons, in ascending order, column slice by column slice.  The
-// order of every output's sum is that of the active neurons alone, whatever the threads and the candidates.
-int64_t combine_one(pi2_cpu& cpu, const pi2_ffn& f, const int32_t* rows, int64_t n_rows, float* out) {
-  cpu.down.clear();
-  cpu.coefficients.clear();
-  for (int64_t i = 0; i < n_rows; ++i) {
-    if (cpu.hidden[i] == 0.0f) continue;
-    cpu.down.push_back(bundle(f, rows, i) + f.down_offset);
-    cpu.coefficients.push_back(cpu.hidden[i]);
-  }
-  const auto active = static_cast<int64_t>(cpu.down.size());
-  cpu.pool.for_each((f.d_model + kSlice - 1) / kSlice, [&](int64_t slice) {
-    const int64_t first = slice * kSlice, last = std::min(f.d_model, first + kSlice);
-    cpu.kernels->combine(static_cast<pi2::DType>(f.down), cpu.down.data(), cpu.coefficients.data(), active,
-                         f.d_model, first, last, out);
-  });
   return active;
 }
 
@@ -115,11 +78,22 @@ void combine_many(pi2_cpu& cpu, const pi2_ffn& f, int64_t n, const int32_t* rows
   });
 }
 
+int64_t one_token(pi2_cpu& cpu, const pi2_ffn& f, const pi2::Candidates& candidates, const float* x, float* out) {
+  pi2::OneToken token(cpu, f, candidates, x);
+  cpu.pool.for_each(token.ranges(), [&](int64_t range) {
+    const int64_t first = token.begin(range), last = token.begin(range + 1);
+    token.activate(first, last);
+    token.add_down(range, first, last);
+  });
+  return token.total(out);
+}
+
 }  // namespace
 
 extern "C" int64_t pi2_cpu_ffn(pi2_cpu* cpu, const pi2_ffn* f, const float* x, int64_t n, const int32_t* rows,
                                int64_t n_rows, float* out) {
   if (n == 0) return 0;
+  if (n == 1) return one_token(*cpu, *f, {rows, nullptr, n_rows}, x, out);
   if (cpu->integers_for(f->gate) || cpu->integers_for(f->up)) cpu->quantise(x, n, f->d_model);
   cpu->hidden.resize(n * n_rows);
   std::atomic<int64_t> active{0};
@@ -137,7 +111,6 @@ extern "C" int64_t pi2_cpu_ffn(pi2_cpu* cpu, const pi2_ffn* f, const float* x, i
     }
     active.fetch_add(found, std::memory_order_relaxed);
   });
-  if (n == 1) return combine_one(*cpu, *f, rows, n_rows, out);
   combine_many(*cpu, *f, n, rows, n_rows, out);
   return active.load();
 }
