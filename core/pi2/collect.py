@@ -134,7 +134,7 @@ class Collector:
         self.counts = self.counts.merged(fresh, later=True)  # at once, or not at all
 
     def _counted(self, text: str, start: int, packed: U8, factors: Sums) -> ActivationCounts:
-        """The counts of a group, ``packed`` (layers, sequences, positions, bytes), from sequence ``start``."""
+        """Counts of a group, ``packed`` (layers, sequences, positions, bytes), from sequence ``start`` on."""
         whole = self.counts
         layers, neurons = whole.counts.shape[0], whole.counts.shape[2]
         fresh = ActivationCounts.empty(
