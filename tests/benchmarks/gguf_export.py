@@ -105,10 +105,10 @@ def interleaved(tensor: Tensor) -> U8:
 
 
 def transposed(tensor: Tensor) -> U8:
-    """(neurons, d) as rows of (d, neurons): the same values, if a block of columns has one scale in all rows."""
+    """(neurons, d) as rows of (d, neurons): the same values, where a block of columns has one scale."""
     quants, scales = _parts(tensor)
     assert (scales == scales[0]).all(), "the matrix has no common scales, so it cannot be turned exactly"
-    neurons, blocks = quants.shape[:2]
+    neurons = len(quants)
     assert neurons % BLOCK == 0
     values = np.concatenate((quants & 15, quants >> 4), axis=2).reshape(neurons, -1)  # nibbles (neurons, d)
     turned = np.ascontiguousarray(values.T).reshape(-1, neurons // BLOCK, 2, HALF)  # (d, blocks, 2, 16)

@@ -33,7 +33,9 @@ from sparse_source import Shape, SparseSource
 CACHE = Path.home() / ".cache" / "pi2" / "benchmarks"
 
 
-def make(directory: Path, shape: Shape, *, page: int = 4096, with_gguf: bool = True, margin: float = 0.0) -> Path:
+def make(
+    directory: Path, shape: Shape, *, page: int = 4096, with_gguf: bool = True, margin: float = 0.0
+) -> Path:
     """Make what is not there yet and return the path of the pi2 model."""
     directory.mkdir(parents=True, exist_ok=True)
     path, source = directory / "model", SparseSource(shape)
@@ -81,7 +83,7 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=Path, nargs="?", default=CACHE)
-    parser.add_argument("--page", type=int, default=4096, help="of the bundles: 512 makes them 7168 bytes apart")
+    parser.add_argument("--page", type=int, default=4096, help="512: bundles lie 7168 bytes apart")
     parser.add_argument("--no-gguf", action="store_true")
     parser.add_argument("--margin", type=float, default=0.3, help="of the predictor, in deviations of a gate")
     parser.add_argument("--check", action="store_true")

@@ -103,7 +103,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Gates:
-    """The gates of an FFN before they are rounded: ``loads @ (directions @ x) - thresholds``, for RMSNorm's x."""
+    """The gates of an FFN for RMSNorm's x: ``loads @ (directions @ x) - thresholds``, and noise."""
 
     loads: F32  # (neurons, rank), rows of length sqrt(1 - noise)
     directions: F32  # (rank, d), without the constant elements
@@ -185,7 +185,7 @@ class SparseSource(ModelSource):
     def _fill(self, part: str, layer: int, quants: U8, scales: F32) -> None:
         """Scales of a matrix of random quants; blocks that are left at 0 read nothing."""
         s, d = self.shape, self.shape.d_model
-        fast, slow = (slice(p.start // BLOCK, p.stop // BLOCK) for p in (self._fast, self._slow))
+        fast = slice(self._fast.start // BLOCK, self._fast.stop // BLOCK)
         if part == "embed":
             scales[:, fast] = 1 / _DEVIATION
             _set_constant(quants, scales, np.ones(len(scales)))
@@ -278,7 +278,7 @@ def _attention_kernel(s: Shape) -> tuple[float, float]:
     evenly spread over the powers of theta, so the mean cosine falls as the logarithm of the distance.
     """
     frequencies = inverse_frequencies(Rope(theta=10_000.0, dims=s.head_dim))
-    distances = np.arange(min(512, s.context // 2))
+    distances = np.arange(min(256, s.context // 2))
     scores = s.decay * np.log(10_000.0) * np.cos(distances[:, None] * frequencies).mean(axis=1)
     weights = np.exp(scores - scores[0])
     weights /= weights.sum()
