@@ -78,9 +78,10 @@ class Ffns:
         offset, size = self.geometry.segments()["gate"]
         first = offset + size - self.shape.d // 16  # of the scales: their sign is that of the row
         for bundles in self.bundles:
-            rows = Tensor(np.ascontiguousarray(bundles[:, offset : offset + size]), self.shape.dtype, len(self.x[0]))
+            gates = np.ascontiguousarray(bundles[:, offset : offset + size])
+            weight = self._backend.place(Tensor(gates, self.shape.dtype, self.shape.d))
             gate = np.empty((1, len(on)), np.float32)
-            self._backend.linear(self._backend.place(rows), self.x, gate)
+            self._backend.linear(weight, self.x, gate)
             bundles[(gate[0] > 0) != on, first + 1 : offset + size : 2] ^= 0x80
         return np.flatnonzero(on).astype(np.int32)
 
@@ -132,7 +133,9 @@ def measure(ffns: Ffns, buffers: list[Any], repeats: int) -> dict[str, Any]:
 
 
 def main(options: argparse.Namespace) -> None:
-    backend: Any = Plugins.installed().pick("backends", options.backend).open({"threads": str(options.threads)})
+    backend: Any = (
+        Plugins.installed().pick("backends", options.backend).open({"threads": str(options.threads)})
+    )
     buffers = [np.ones(READ_BYTES, np.uint8) for _ in range(options.threads)]
     report: dict[str, Any] = {
         "what": f"one token's FFN, {options.threads} threads, {options.repeats} repeats",

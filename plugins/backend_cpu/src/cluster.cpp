@@ -7,11 +7,12 @@
 namespace pi2 {
 namespace {
 
-constexpr int64_t kRanges = 32;    // enough to share out among threads evenly
-constexpr int64_t kSmallest = 96;  // neurons in a range: its sum costs the memory traffic of about two of them
+constexpr int64_t kRanges = 32;  // enough to share out among threads evenly
+constexpr int64_t kSmallest =
+    96;  // neurons in a range: its sum costs the memory traffic of about two of them
 constexpr int64_t kLargest = 512;
-constexpr int64_t kAhead = 2;      // candidates: a dot takes some 70 ns, memory some 100 ns
-constexpr int64_t kColumns = 1024; // of the final sum, a task
+constexpr int64_t kAhead = 2;       // candidates: a dot takes some 70 ns, memory some 100 ns
+constexpr int64_t kColumns = 1024;  // of the final sum, a task
 
 }  // namespace
 
@@ -49,11 +50,12 @@ void OneToken::dots(int32_t dtype, const uint8_t* const* rows, int64_t k, float*
 void OneToken::activate(int64_t first, int64_t last) {
   const bool gated = f_.gate != PI2_NONE;
   const uint8_t* rows[kLargest] = {};
-  for (int64_t i = first; i < last; ++i) rows[i - first] = bundle(i) + (gated ? f_.gate_offset : f_.up_offset);
+  for (int64_t i = first; i < last; ++i)
+    rows[i - first] = bundle(i) + (gated ? f_.gate_offset : f_.up_offset);
   dots(gated ? f_.gate : f_.up, rows, last - first, hidden + first);
   int64_t active[kLargest], count = 0;
   for (int64_t i = first; i < last; ++i) {
-    hidden[i] = pi2::activate(f_.activation, hidden[i] + bias(f_, bundle(i), 0));
+    hidden[i] = ::activate(f_.activation, hidden[i] + ::bias(f_, bundle(i), 0));
     if (hidden[i] != 0.0f) active[count++] = i;
   }
   if (!gated) return;
@@ -61,7 +63,7 @@ void OneToken::activate(int64_t first, int64_t last) {
   for (int64_t k = 0; k < count; ++k) rows[k] = bundle(active[k]) + f_.up_offset;
   dots(f_.up, rows, count, up);
   for (int64_t k = 0; k < count; ++k) {
-    up[k] += bias(f_, bundle(active[k]), 1);
+    up[k] += ::bias(f_, bundle(active[k]), 1);
     hidden[active[k]] *= f_.up_relu && up[k] <= 0 ? 0.0f : up[k];
   }
 }

@@ -2,24 +2,24 @@
 #pragma once
 #include <cstdint>
 
-#include "context.h"
+#include "ffn.h"
 
 namespace pi2 {
 
 // What a call names: neurons ids[0 .. count), ascending, of which i lies in slot slots[i] of the bundles.
 struct Candidates {
   const int32_t* ids;    // NULL: 0 .. count - 1
-  const int32_t* slots;  // NULL: the same as ids
+  const int32_t* slots;  // NULL: likewise
   int64_t count;
 
-  int64_t id(int64_t i) const { return ids ? ids[i] : i; }
   int64_t first_from(int64_t neuron) const;  // the first candidate whose id is not below
 };
 
 // Neurons in a range, of an FFN that has so many.
 int64_t range_size(int64_t neurons);
 
-// One call: h of the candidates, then each range's sum of its active neurons' down rows, then the sum of these.
+// One call: h of the candidates, then each range's sum of its active neurons' down rows, then the sum of
+// these.
 class OneToken {
  public:
   // x, out (d_model); `f.count` neurons make up the FFN.
@@ -27,9 +27,7 @@ class OneToken {
 
   int64_t ranges() const { return ranges_; }
   int64_t begin(int64_t range) const { return candidates_.first_from(range * size_); }
-  const uint8_t* bundle(int64_t i) const {
-    return f_.bundles + (candidates_.slots ? candidates_.slots[i] : candidates_.id(i)) * f_.stride;
-  }
+  const uint8_t* bundle(int64_t i) const { return ::bundle(f_, candidates_.slots, i); }
   // h of candidates [first, last) into hidden.
   void activate(int64_t first, int64_t last);
   // The down rows of [first, last), which are those of the range, in ascending order.

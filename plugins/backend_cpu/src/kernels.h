@@ -27,9 +27,10 @@ struct Kernels {
   float (*dot_quantised)(DType dtype, const uint8_t* row, const Quantised& x, int64_t cols);
   // The same for kTokens tokens at a time, with the same bits: the row is unpacked once.
   void (*dots_quantised)(DType dtype, const uint8_t* row, const Quantised* x, int64_t cols, float* out);
-  // y[0 .. cols) = sum over k of h[k] * rows[k][0 .. cols), added one by one behind y, or behind 0 if `fresh`.
-  void (*add_rows)(DType dtype, const uint8_t* const* rows, const float* h, int64_t k, int64_t cols, bool fresh,
-                   float* y);
+  // y[0 .. cols) = sum over k of h[k] * rows[k][0 .. cols), added one by one behind y, or behind 0 if
+  // `fresh`.
+  void (*add_rows)(DType dtype, const uint8_t* const* rows, const float* h, int64_t k, int64_t cols,
+                   bool fresh, float* y);
   // Columns [first, last) of k rows as floats, (k, last - first): multiples of kBlock, or
   // cols.
   void (*decode)(DType dtype, const uint8_t* const* rows, int64_t k, int64_t cols, int64_t first,

@@ -41,14 +41,15 @@ struct Avx2 {
   static __m256i tops(__m256i bytes, int first) {
     const __m256i order = _mm256_setr_epi8(-1, -1, -1, 0, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, 3,  //
                                            -1, -1, -1, 4, -1, -1, -1, 5, -1, -1, -1, 6, -1, -1, -1, 7);
-    return _mm256_shuffle_epi8(bytes, first == 0 ? order : _mm256_add_epi8(order, _mm256_set1_epi32(8 << 24)));
+    return _mm256_shuffle_epi8(bytes,
+                               first == 0 ? order : _mm256_add_epi8(order, _mm256_set1_epi32(8 << 24)));
   }
   // (nibble - 8) / kNibble: with its top bit flipped, a nibble is that number in two's complement.
   static constexpr float kNibble = 0x1p-28f;
   static void load_large_nibbles(const uint8_t* p, F v[4]) {
-    const __m256i raw = _mm256_xor_si256(
-        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
-        _mm256_set1_epi8(-120));
+    const __m256i raw =
+        _mm256_xor_si256(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+                         _mm256_set1_epi8(-120));
     const __m256i first = tops(raw, 0), second = tops(raw, 8), high = _mm256_set1_epi32(-0x10000000);
     v[0] = _mm256_cvtepi32_ps(_mm256_slli_epi32(first, 4));
     v[1] = _mm256_cvtepi32_ps(_mm256_slli_epi32(second, 4));
