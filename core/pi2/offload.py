@@ -162,10 +162,13 @@ class OffloadedFfns:
         guessed_ffn, guessed = self.lookahead.pending
         self.lookahead.pending = None
         right = np.isin(guessed, neurons) if guessed_ffn == ffn else np.zeros(len(guessed), np.bool_)
-        self.count.useful += int(np.count_nonzero(right))
+        useful = int(np.count_nonzero(right))
+        self.count.useful += useful
+        self.count.prefetched_bytes += useful * self.cache.slab.shape[1]
         wrong = self.cache.slots(guessed_ffn, guessed[~right])
         wrong = wrong[wrong >= 0]
-        self.pipeline.settle(wrong[self.cache.states[wrong] == SlotState.LOADING], cancel=True)
+        wrong_yet = wrong[self.cache.states[wrong] == SlotState.LOADING]
+        self.count.prefetched_bytes += self.pipeline.settle(wrong_yet, cancel=True)
         self.cache.drop(wrong[self.cache.states[wrong] == SlotState.EMPTY])
 
     def dense(self, ffn: int, chunks: Sequence[tuple[F32, F32]]) -> int:
