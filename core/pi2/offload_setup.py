@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pi2.activation_counts import ActivationCounts
 from pi2.api import Backend, CachePolicy, Keys, Predictor, StorageTier
 from pi2.budget import Regions, slots_within, to_come, too_small
 from pi2.container.layout import DENSE, NEURONS
@@ -17,11 +16,11 @@ from pi2.neuron_cache import NeuronCache, hottest
 from pi2.offload import OffloadedFfns, OffloadOptions
 from pi2.pipeline import bundle_ranges, read_ranges
 from pi2.powers import SlotState, SupportsAsyncRead, SupportsOffload
+from pi2.statistics_file import STATISTICS, Statistics
 
 if TYPE_CHECKING:
     from pi2.container.reader import PiModel
 
-STATISTICS = "statistics.safetensors"
 _STAGING = 8 << 20  # bytes read at once
 
 
@@ -99,7 +98,7 @@ def hot_neurons(model: PiModel, n: int, notes: list[str]) -> Keys:
     path = model.path / STATISTICS
     if n <= 0 or not path.exists():
         return np.empty(0, np.int64)
-    counts = ActivationCounts.load(path)
+    counts = Statistics.load(path).counts
     arch = model.architecture
     of_this = counts.model == model.manifest.files[NEURONS].sha256
     if not of_this or counts.counts.shape[::2] != (arch.n_layers, arch.n_neurons):
