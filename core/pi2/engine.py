@@ -73,6 +73,7 @@ class Engine:
                 f"the tokenizer knows {self.tokenizer.vocab_size} tokens,"
                 f" the model only {model.architecture.vocab_size}"
             )
+        self.backend = backend
         self._parts: dict[str, Plugin] = {"backend": backend, "storage": storage, "predictor": predictor}
         self._lossless = predictor.lossless
         self.context = context
