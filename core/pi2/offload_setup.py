@@ -99,6 +99,8 @@ def hot_neurons(model: PiModel, n: int, notes: list[str]) -> Keys:
     if n <= 0 or not path.exists():
         return np.empty(0, np.int64)
     counts = Statistics.load(path).counts
+    if counts is None:
+        return np.empty(0, np.int64)
     arch = model.architecture
     of_this = counts.model == model.manifest.files[NEURONS].sha256
     if not of_this or counts.counts.shape[::2] != (arch.n_layers, arch.n_neurons):
