@@ -196,11 +196,18 @@ class PythonPipeline:
 
     def settle(self, slots: Ids | None = None, *, cancel: bool = False) -> int:
         read, left = 0, []
-        for guess in self._guesses:
-            if slots is not None and not np.isin(guess.slots, slots).any():
+        while self._guesses:
+            guess = self._guesses.pop()
+            asked = None if slots is None else np.isin(guess.slots, slots)
+            if asked is not None and not asked.any():
                 left.append(guess)
                 continue
-            read += self._end(guess, cancel=cancel)
+            whole = asked is None or bool(asked.all())  # a guess is one ticket: it ends as a whole
+            try:
+                read += self._end(guess, cancel=cancel and whole)
+            except BaseException:
+                self._guesses += left
+                raise
         self._guesses = left
         return read
 
@@ -214,6 +221,9 @@ class PythonPipeline:
             self._async.wait(guess.ticket)
         except StorageError:  # only a guess: whoever needs these neurons reads them again and is told
             return 0
+        except KeyboardInterrupt:
+            self._async.cancel(guess.ticket)
+            raise
         self._slab[guess.slots] = guess.data
         self._states[guess.slots] = SlotState.PRESENT
         return guess.data.nbytes
