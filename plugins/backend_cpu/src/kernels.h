@@ -17,6 +17,13 @@ struct Quantised {
   const float* offsets;    // (cols / 32): -8 * scale * sum of the block's quants, for q4_0 weights
 };
 
+// What four rows ask memory for while they are computed, to be wanted soon: at block b, lines of 64 bytes
+// from each of `parts` + b * step on, `stride` apart.
+struct Ahead {
+  const uint8_t* parts[4];
+  int64_t step, stride;
+};
+
 struct Kernels {
   const char* isa;
   // x (cols) -> quants, shuffled (cols), scales, offsets (cols / 32)
@@ -24,10 +31,16 @@ struct Kernels {
                    float* offsets);
   // Exact products: row of any format times float x (cols).
   float (*dot)(DType dtype, const uint8_t* row, const float* x, int64_t cols);
+  // The same for k rows, with the same bits: each row's sum has an order of its own.
+  void (*dot_rows)(DType dtype, const uint8_t* const* rows, int64_t k, const float* x, int64_t cols,
+                   float* out);
   // Row of q8_0 or q4_0 times quantised activations.
   float (*dot_quantised)(DType dtype, const uint8_t* row, const Quantised& x, int64_t cols);
   // The same for kTokens tokens at a time, with the same bits: the row is unpacked once.
   void (*dots_quantised)(DType dtype, const uint8_t* row, const Quantised* x, int64_t cols, float* out);
+  // The same for k rows, with the same bits: they share the work, and memory is asked for them ahead.
+  void (*dot_rows_quantised)(DType dtype, const uint8_t* const* rows, int64_t k, const Quantised& x,
+                             int64_t cols, float* out);
   // out[first .. last) = sum over k of h[k] * rows[k][first .. last); multiples of kBlock, last may be cols.
   void (*combine)(DType dtype, const uint8_t* const* rows, const float* h, int64_t k, int64_t cols,
                   int64_t first, int64_t last, float* out);
