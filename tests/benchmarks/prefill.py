@@ -90,7 +90,7 @@ def main(options: argparse.Namespace) -> None:
         run()  # warm: pages, scratch
     rows = [{name: run() for name, run in runs.items()} for _ in range(options.repeats)]
     report = {
-        "what": f"GOPS of products of {options.tokens} tokens, d {options.d_model}, {options.neurons} neurons",
+        "what": f"GOPS, {options.tokens} tokens, d {options.d_model}, {options.neurons} neurons",
         "machine": before,
         "load_average_after": os.getloadavg(),
         "versions": versions(),
