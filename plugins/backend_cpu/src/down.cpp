@@ -66,8 +66,8 @@ struct Listed : Down {
       cpu.kernels->decode(static_cast<pi2::DType>(f.down), down, count, f.d_model, first, last, panel);
       for (int64_t t = begin; t < end; ++t) {
         const int64_t at = p * n + t;
-        cpu.kernels->add_listed(cpu.listed.data() + at * kNeurons, cpu.places.data() + at * kNeurons,
-                                cpu.found[at], panel, width, sums + (t - begin) * width);
+        cpu.kernels->panels->add_listed(cpu.listed.data() + at * kNeurons, cpu.places.data() + at * kNeurons,
+                                        cpu.found[at], panel, width, sums + (t - begin) * width);
       }
     }
     for (int64_t t = begin; t < end; ++t)

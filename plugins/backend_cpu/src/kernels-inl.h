@@ -122,30 +122,6 @@ struct Make {
         if (h[n] != 0) y[c] += h[n] * w[n * width + c];
   }
 
-  // B blocks of y[0 .. width) += sum over i < count of h[i] * w[places[i]][0 .. width)
-  template <int B>
-  static inline void add_listed_blocks(const float* h, const uint8_t* places, int64_t count, const float* w,
-                                       int64_t width, float* y) {
-    F acc[B * kVecs];
-    for (int i = 0; i < B * kVecs; ++i) acc[i] = V::load(y + i * W);
-    for (int64_t n = 0; n < count; ++n) {
-      const F hn = V::broadcast(h[n]);
-      const float* row = w + places[n] * width;
-      for (int i = 0; i < B * kVecs; ++i) acc[i] = V::fma(hn, V::load(row + i * W), acc[i]);
-    }
-    for (int i = 0; i < B * kVecs; ++i) V::store(y + i * W, acc[i]);
-  }
-
-  static void add_listed(const float* h, const uint8_t* places, int64_t count, const float* w, int64_t width,
-                         float* y) {
-    int64_t c = 0;
-    for (; c + V::kBlocks * kBlock <= width; c += V::kBlocks * kBlock)
-      add_listed_blocks<V::kBlocks>(h, places, count, w + c, width, y + c);
-    for (; c + kBlock <= width; c += kBlock) add_listed_blocks<1>(h, places, count, w + c, width, y + c);
-    for (; c < width; ++c)
-      for (int64_t n = 0; n < count; ++n) y[c] += h[n] * w[places[n] * width + c];
-  }
-
   // K neighbouring keys share the loads of q, and their sums hide each other's latency.
   template <int K>
   static inline void scores_of(const float* q, const float* keys, int64_t cols, float* out) {
@@ -311,8 +287,8 @@ struct Make {
   }
 
   static constexpr Kernels table(const Panels* panels) {
-    return {V::kName, quantise,    dot,        dot_quantised, dots_quantised, add_rows,
-            decode,   add_product, add_listed, scores,        panels};
+    return {V::kName, quantise, dot,         dot_quantised, dots_quantised,
+            add_rows, decode,   add_product, scores,        panels};
   }
 };
 

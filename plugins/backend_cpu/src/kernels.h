@@ -39,9 +39,6 @@ struct Kernels {
                  int64_t last, float* out);
   // y[0 .. width) += sum over k of h[k] * w[k][0 .. width), with w (k, width); zeros in h are skipped.
   void (*add_product)(const float* h, const float* w, int64_t k, int64_t width, float* y);
-  // The same over a list: y[0 .. width) += sum over i < count of h[i] * w[places[i]][0 .. width).
-  void (*add_listed)(const float* h, const uint8_t* places, int64_t count, const float* w, int64_t width,
-                     float* y);
   // out[j] = q . keys[j], with keys (k, cols); the bits of one do not depend on the others.
   void (*scores)(const float* q, const float* keys, int64_t k, int64_t cols, float* out);
   const Panels* panels;  // many rows times many tokens

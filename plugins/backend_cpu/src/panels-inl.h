@@ -9,6 +9,7 @@ template <class V, class P>
 struct MakePanels {
   using F = typename V::F;
   static constexpr int W = V::kWidth, R = P::kRows, kVecs = R / W;
+  static constexpr int kBlockVecs = kBlock / W;
   static_assert(R <= kMaxPanelRows && R % W == 0, "a panel is whole vectors");
 
   // (kBlock, rows) floats a block.
@@ -69,6 +70,30 @@ struct MakePanels {
                     blocks * kBlock, sums);
   }
 
+  // B blocks of y[0 .. width) += sum over i < count of h[i] * w[places[i]][0 .. width)
+  template <int B>
+  static inline void add_listed_blocks(const float* h, const uint8_t* places, int64_t count, const float* w,
+                                       int64_t width, float* y) {
+    F acc[B * kBlockVecs];
+    for (int i = 0; i < B * kBlockVecs; ++i) acc[i] = V::load(y + i * W);
+    for (int64_t n = 0; n < count; ++n) {
+      const F hn = V::broadcast(h[n]);
+      const float* row = w + places[n] * width;
+      for (int i = 0; i < B * kBlockVecs; ++i) acc[i] = V::fma(hn, V::load(row + i * W), acc[i]);
+    }
+    for (int i = 0; i < B * kBlockVecs; ++i) V::store(y + i * W, acc[i]);
+  }
+
+  static void add_listed(const float* h, const uint8_t* places, int64_t count, const float* w, int64_t width,
+                         float* y) {
+    int64_t c = 0;
+    for (; c + V::kBlocks * kBlock <= width; c += V::kBlocks * kBlock)
+      add_listed_blocks<V::kBlocks>(h, places, count, w + c, width, y + c);
+    for (; c + kBlock <= width; c += kBlock) add_listed_blocks<1>(h, places, count, w + c, width, y + c);
+    for (; c < width; ++c)
+      for (int64_t n = 0; n < count; ++n) y[c] += h[n] * w[places[n] * width + c];
+  }
+
   static constexpr Panels table() {
     return {R,
             {kBlock * R * 4, P::kBytesPanel, P::kNibblesPanel},
@@ -78,7 +103,8 @@ struct MakePanels {
             P::pack_quants,
             P::kPackColumns,
             P::kPackActivations,
-            multiply};
+            multiply,
+            add_listed};
   }
 };
 

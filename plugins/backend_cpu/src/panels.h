@@ -32,6 +32,9 @@ struct Panels {
   void (*pack_activations)(const float* h, const float* sizes, const float* factors, uint8_t* tile);
   // sums (kTokens, rows) += tile times panel.  The bits of one token and row do not depend on the others.
   void (*multiply)(Kind kind, const uint8_t* panel, const uint8_t* tile, int64_t blocks, float* sums);
+  // y[0 .. width) += sum over i < count of h[i] * w[places[i]][0 .. width): floats, zeros left out.
+  void (*add_listed)(const float* h, const uint8_t* places, int64_t count, const float* w, int64_t width,
+                     float* y);
 };
 
 }  // namespace pi2
