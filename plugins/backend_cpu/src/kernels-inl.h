@@ -83,12 +83,6 @@ struct Make {
     }
   }
 
-  static float dot(DType dtype, const uint8_t* row, const float* x, int64_t cols) {
-    float out;
-    dot_rows(dtype, &row, 1, x, cols, &out);
-    return out;
-  }
-
   // k rows' columns [first, last) as floats, (k, last - first): what a matrix product over many tokens reads.
   template <DType D>
   static void decode_of(const uint8_t* const* rows, int64_t k, int64_t cols, int64_t first, int64_t last,
@@ -244,19 +238,10 @@ struct Make {
     }
   }
 
-  static constexpr Kernels table() {
+  static constexpr Kernels table(const Panels* panels) {
     using Q = Quantising<V>;
-    return {V::kName,
-            Q::quantise,
-            dot,
-            dot_rows,
-            Q::dot_quantised,
-            Q::dots_quantised,
-            Q::dot_rows_quantised,
-            add_rows,
-            decode,
-            add_product,
-            scores};
+    return {V::kName,    Q::quantise, dot_rows, Q::dot_rows_quantised, add_rows, decode,
+            add_product, scores,      panels};
   }
 };
 

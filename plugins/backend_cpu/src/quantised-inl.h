@@ -68,16 +68,6 @@ struct Quantising {
   template <DType D>
   using Dots = typename V::template Dots<D == DType::kQ4_0>;
 
-  static float dot_quantised(DType dtype, const uint8_t* row, const Quantised& x, int64_t cols) {
-    return dtype == DType::kQ4_0 ? Dots<DType::kQ4_0>::one(row, x, cols)
-                                 : Dots<DType::kQ8_0>::one(row, x, cols);
-  }
-
-  static void dots_quantised(DType dtype, const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
-    if (dtype == DType::kQ4_0) Dots<DType::kQ4_0>::four_tokens(row, x, cols, out);
-    else Dots<DType::kQ8_0>::four_tokens(row, x, cols, out);
-  }
-
   // Neighbours in memory are asked for in their order, which the hardware's own prefetching recognises: with
   // narrow rows, half as fast again as each row for itself.
   template <DType D>

@@ -168,14 +168,6 @@ struct Avx2 {
     out[2] = _mm256_permute_ps(v, 0xaa);
     out[3] = _mm256_permute_ps(v, 0xff);
   }
-  static void transpose(F v[4]) {  // 4 x 4 in every lane
-    const F a = _mm256_unpacklo_ps(v[0], v[1]), b = _mm256_unpackhi_ps(v[0], v[1]);
-    const F c = _mm256_unpacklo_ps(v[2], v[3]), d = _mm256_unpackhi_ps(v[2], v[3]);
-    v[0] = _mm256_shuffle_ps(a, c, 0x44);
-    v[1] = _mm256_shuffle_ps(a, c, 0xee);
-    v[2] = _mm256_shuffle_ps(b, d, 0x44);
-    v[3] = _mm256_shuffle_ps(b, d, 0xee);
-  }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static void store_lane(float* out, F v) {  // the sum of the lanes
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));

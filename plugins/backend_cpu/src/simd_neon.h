@@ -123,9 +123,6 @@ struct Neon {
                           float* out) {
       for (int i = 0; i < 4; ++i) out[i] = one(rows[i], x, cols);
     }
-    static void four_tokens(const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
-      dots<Q4, 4>(row, x, cols, out);
-    }
   };
 };
 

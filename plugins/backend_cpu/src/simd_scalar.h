@@ -94,9 +94,6 @@ struct Scalar {
                           float* out) {
       for (int i = 0; i < 4; ++i) out[i] = one(rows[i], x, cols);
     }
-    static void four_tokens(const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
-      for (int i = 0; i < 4; ++i) out[i] = one(row, x[i], cols);
-    }
   };
 };
 
