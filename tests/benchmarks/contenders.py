@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,13 @@ class Contender:
 class Pi2:
     """pi2 with the keyword arguments of ``Engine.open``; ``given``: the true active sets cost nothing."""
 
-    def __init__(self, model: Path, **options: Any) -> None:
+    def __init__(self, model: Path, offload: dict[str, Any] | None = None, **options: Any) -> None:
         from pi2.engine import Engine
 
+        if offload is not None:
+            from pi2.offload import OffloadOptions
+
+            options["offload"] = OffloadOptions(**offload)
         self._engine = Engine.open(model, **options)
         self._given: dict[str, list[Any]] = {}
         self.about = self._engine.setup()
@@ -87,11 +92,19 @@ class Pi2:
             self._given.setdefault(key, []) or self._given[key].extend(self._active_sets(ids, prompt))
             decoder.predictor = _Given(self._given[key])  # type: ignore[assignment]
         session = self._engine.session()
-        before = decoder.ffn_count.active, decoder.ffn_count.total
-        answer = timed(session.forward, ids, prompt, lambda: None)
-        active, total = decoder.ffn_count.active, decoder.ffn_count.total
+        count, active, reads = decoder.ffn_count, [decoder.ffn_count.active], []
+        take = decoder.ffns.take_count if getattr(self._engine, "offloaded", None) else lambda: None
+        take()
+
+        def finished() -> None:
+            active.append(count.active)
+            reads.append(take())
+
+        answer = timed(session.forward, ids, prompt, finished)
         decoder.predictor = predictor
-        return answer | {"density_with_prefill": (active - before[0]) / max(total - before[1], 1)}
+        arch = self._engine.model.architecture
+        density = np.diff(active[1:]) / (arch.n_layers * arch.n_neurons)
+        return answer | {"density": density.tolist(), "reads": [r and asdict(r) for r in reads]}
 
     def _active_sets(self, ids: list[int], prompt: int) -> list[Any]:
         """Active neurons of every decoded token and FFN, in the order of the calls."""

@@ -57,10 +57,13 @@ def dense_twin(model: Path) -> Path:
     return twin
 
 
+def architecture(model: Path) -> Architecture:
+    return Architecture.from_dict(json.loads((model / "config.json").read_text()))
+
+
 def token_bytes(model: Path, engine: str, density: float, context: int) -> int:
     """What one decoded token must read, at least: weights of q4_0, the KV cache, the predictor."""
-    manifest = read_manifest(model)
-    arch = Architecture.from_dict(json.loads((model / "config.json").read_text()))
+    manifest, arch = read_manifest(model), architecture(model)
     q4 = row_bytes("q4_0", arch.d_model)
     kv_rows = 2 * arch.n_kv_heads
     heads = (arch.n_heads + kv_rows) * arch.head_dim
@@ -138,7 +141,7 @@ def main(options: argparse.Namespace) -> None:
     memory: list[float] = []
     with ExitStack() as stack:
         running = contenders(options, stack)
-        vocab = json.loads((options.directories[0] / "model" / "config.json").read_text())["vocab_size"]
+        vocab = architecture(options.directories[0] / "model").vocab_size
         ids = np.random.default_rng(0).integers(0, vocab, options.prompt + options.decode).tolist()
         rows: Rows = {name: [] for name in running}
         before = machine()
