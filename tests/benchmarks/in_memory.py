@@ -122,6 +122,7 @@ def summary(rows: Rows, memory: list[float], running: Any, options: argparse.Nam
         rate = [needed * speed / 1e9 for speed in decode(name)]
         report[name] = {
             "decode_tokens_s": spread(decode(name)),
+            "fastest_token_s": min(min(row["token_s"]) for row in rows[name]),
             "prefill_tokens_s": spread(prefill(name)),
             "gb_per_token": needed / 1e9,
             "gb_s": spread(rate),
