@@ -28,13 +28,18 @@ struct pi2_cpu {
   pi2::Pool pool;
   bool integer;
   QuantisedBatch batch;
-  std::vector<float> hidden;               // (n, k)
-  std::vector<const uint8_t*> down;        // rows of the active neurons
-  std::vector<float> coefficients;         // their activations
-  std::vector<std::vector<float>> slices;  // decoded weights, one buffer a chunk
-  std::vector<float> normed;               // (n, d)
-  std::vector<float> q, k, v;              // (n, heads * head_dim), as the matrices give them
-  std::vector<float> mixed;                // (n, heads * head_dim), what attention makes of the values
+  std::vector<float> hidden;           // (n, k)
+  std::vector<float> sums;             // (ranges, d): of the down rows of a range's active neurons
+  std::vector<int64_t> active;         // (ranges): how many those are
+  std::vector<uint8_t> tiles[3];       // x of many tokens, packed for each kind of panel
+  std::vector<uint8_t> any_active;     // (k): whether a neuron is active for any token
+  std::vector<int32_t> active_places;  // of these neurons among the k, and
+  std::vector<int32_t> chosen;         // their rows
+  std::vector<float> listed, sizes;    // h of many tokens, rearranged for down
+  std::vector<uint8_t> places, found;  // where they were, and how many there are
+  std::vector<float> normed;           // (n, d)
+  std::vector<float> q, k, v;          // (n, heads * head_dim), as the matrices give them
+  std::vector<float> mixed;            // (n, heads * head_dim), what attention makes of the values
 
   bool integers_for(int32_t dtype) const { return integer && (dtype == PI2_Q8_0 || dtype == PI2_Q4_0); }
   void quantise(const float* x, int64_t n, int64_t cols);
@@ -48,6 +53,15 @@ struct pi2_cpu {
   void multiply(const float* x, int64_t n, const Product* products, int count);
   void multiply_many(const float* x, int64_t n, const Product* products, int count);  // n > 1: batch.cpp
 };
+
+inline int64_t row_bytes(int32_t dtype, int64_t cols) {
+  switch (dtype) {
+    case PI2_F32: return 4 * cols;
+    case PI2_F16: return 2 * cols;
+    case PI2_Q8_0: return cols / pi2::kBlock * 34;
+    default: return cols / pi2::kBlock * 18;
+  }
+}
 
 // A row of weights times one token, by integers or floats as the context and the format want.
 inline float dot(const pi2_cpu& cpu, int32_t dtype, const uint8_t* row, const float* x, int64_t t,
