@@ -35,7 +35,8 @@ class Contender:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONPATH": path},
         )  # fmt: skip
-        self.kind, self.setup = kind, self._answer()
+        self.kind = kind
+        self.setup = self._answer()
 
     @property
     def pid(self) -> int:
@@ -54,13 +55,15 @@ class Contender:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.kind} ended with status {self._process.wait()}")
+            self.close()
+            raise RuntimeError(f"{self.kind} ended with status {self._process.returncode}")
         answer: Answer = json.loads(line)
         return answer
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
         self._process.wait()
 
     def __enter__(self) -> Contender:
