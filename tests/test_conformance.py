@@ -9,6 +9,7 @@ from pathlib import Path
 
 import gguf_files
 import huggingface_files
+import lowrank_files
 import pytest
 from gguf import GGMLQuantizationType as Type
 from pi2.api import Plugin
@@ -22,7 +23,9 @@ from pi2.testing import (
     PredictorTests,
     StorageTierTests,
 )
+from pi2.testing.models import toy_architecture, write_toy_model
 from pi2.testing.plugin import PluginTests
+from pi2.testing.predictor import MODELS
 
 INSTALLED = Plugins.installed()
 
@@ -55,6 +58,14 @@ class TestStorageTiers(StorageTierTests):
 
 
 class TestPredictors(PredictorTests):
+    @pytest.fixture(scope="class", params=sorted(MODELS))
+    @classmethod
+    def model_path(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """With a file for the predictors that need one."""
+        arch = toy_architecture(**MODELS[request.param])
+        path = write_toy_model(tmp_path_factory.mktemp("predictor") / "model", arch)
+        return lowrank_files.install(path, lowrank_files.random_predictors(path, arch))
+
     @pytest.fixture(scope="class", params=every("predictors"))
     @classmethod
     def implementation(cls, request: pytest.FixtureRequest) -> type[Plugin]:

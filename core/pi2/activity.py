@@ -33,10 +33,16 @@ def active_neurons(model: ModelView, ffn: int, x: F32) -> Active:
     By float32 arithmetic in NumPy: a gate within rounding of zero may fall on its other side in a
     backend.  A model whose activation has no exact zeros (SiLU, GELU) has all neurons active.
     """
-    arch = model.architecture
-    if not arch.sparse:
-        return np.ones((len(x), arch.n_neurons), np.bool_)
-    active: Active = gate_values(model, ffn, x) > 0
-    if arch.up_relu:
-        active &= gate_values(model, ffn, x, "up") > 0
-    return active
+    if not model.architecture.sparse:
+        return np.ones((len(x), model.architecture.n_neurons), np.bool_)
+    gate, up = open_factors(model, ffn, x)
+    return gate if up is None else gate & up
+
+
+def open_factors(model: ModelView, ffn: int, x: F32) -> tuple[Active, Active | None]:
+    """Where the gate, and where the up side lets something through: a neuron is active if both do.
+
+    For models with exact zeros.  None stands for an up side that has none (all but dReLU).
+    """
+    gate: Active = gate_values(model, ffn, x) > 0
+    return gate, gate_values(model, ffn, x, "up") > 0 if model.architecture.up_relu else None

@@ -11,6 +11,7 @@ from pi2.activation_counts import ActivationCounts
 from pi2.cli import collect as collect_command
 from pi2.container import read_manifest
 from pi2.errors import Pi2Error
+from pi2.statistics_file import Statistics
 from pi2.testing.models import toy_architecture, write_toy_model
 
 FILE = "statistics.safetensors"
@@ -57,7 +58,7 @@ def test_collect_json_is_one_object(model, text, tmp_path):
     assert found["density"][0][-1] is None  # eight sequences are no batch of 16
     assert 0 < found["density"][0][0] < found["density"][0][1] < 1
     assert not (model / FILE).exists()
-    assert ActivationCounts.load(tmp_path / "s").tokens == 1024
+    assert Statistics.load(tmp_path / "s").counts.tokens == 1024
 
 
 def test_ctrl_c_keeps_what_was_counted(model, text, monkeypatch):

@@ -26,9 +26,10 @@ def pi2_storage_tiers() -> list[type[StorageTier]]:
 def pi2_predictors() -> list[type[Predictor]]:
     from pi2.builtin.exact_predictor import ExactPredictor
     from pi2.builtin.lookahead_predictor import LookaheadPredictor
+    from pi2.builtin.lowrank_predictor import LowRankPredictor
     from pi2.builtin.oracle_predictor import OraclePredictor
 
-    return [ExactPredictor, LookaheadPredictor, OraclePredictor]
+    return [ExactPredictor, LookaheadPredictor, LowRankPredictor, OraclePredictor]
 
 
 @hookimpl

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from pi2.activation_counts import ActivationCounts
     from pi2.collect import Collector
 
-STATISTICS = "statistics.safetensors"
 _SAVE_EVERY = 30.0  # seconds
 
 Batch = Annotated[str, typer.Option("--batch", metavar="B,B,...", help="Batch sizes, ascending.")]
 Output = Annotated[
-    Path | None, typer.Option("--output", help=f"File to write; without it {STATISTICS} in the model.")
+    Path | None,
+    typer.Option("--output", help="File to write; without it one in the model."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Forget what was counted before.")]
 
@@ -46,6 +46,7 @@ def command(
     together: B consecutive sequences of a text, at the same position.
     """
     from pi2.collect import Collector
+    from pi2.statistics_file import STATISTICS
 
     with o.open_engine(model, backend=backend, storage=storage) as engine:
         collector = Collector(engine, parse_batches(batch))
@@ -88,14 +89,16 @@ def _run(collector: Collector, texts: list[Path], tokens: int | None, place: Pat
 
 
 def _save(counts: ActivationCounts, place: Path, *, listed: bool) -> None:
+    from pi2.statistics_file import Statistics
+
     if listed:
         from pi2.container import replace_file
 
-        replace_file(place.parent, place.name, counts.save)
+        replace_file(place.parent, place.name, Statistics(counts).save)
         return
     fresh = place.with_name(f"{place.name}.new")
     try:
-        counts.save(fresh)
+        Statistics(counts).save(fresh)
         fresh.replace(place)
     except OSError as e:
         raise StorageError(e.strerror or str(e), path=place, hint="check that it may be written") from None

@@ -1,8 +1,8 @@
 /* The fast road between native plugins: versioned structs of function pointers, passed as addresses.
  *
- * A storage tier hands out the address of a pi2_storage_abi (pi2.powers.SupportsStorageAbi); a native consumer
- * checks `version`, and reads through it without Python in between.  Every function is thread-safe.  The
- * struct is valid until the tier is closed.
+ * A storage tier hands out the address of a pi2_storage_abi (pi2.powers.SupportsStorageAbi); a native
+ * consumer checks `version`, and reads through it without Python in between.  Every function is thread-safe.
+ * The struct is valid until the tier is closed.
  */
 #ifndef PI2_ABI_H
 #define PI2_ABI_H
@@ -38,8 +38,9 @@ typedef struct {
   int64_t (*submit)(void* self, int64_t file, const pi2_storage_read* reads, int64_t n, int32_t priority,
                     pi2_storage_failure* failure);
 
-  /* Waits at most `seconds` (0: polls; negative: for ever).  PI2_STORAGE_PENDING: still reading; else the
-   * ticket is spent and the result is failure->code: 0 means that every byte is there. */
+  /* Waits at most `seconds` (0: polls; negative: as long as the tier thinks that a device may take).
+   * PI2_STORAGE_PENDING: still reading; ETIMEDOUT: the device hangs, and `into` may never be used again;
+   * else the ticket is spent and the result is failure->code: 0 means that every byte is there. */
   int32_t (*wait)(void* self, int64_t ticket, double seconds, pi2_storage_failure* failure);
 
   /* Drops what has not started; the ticket must still be waited for, and tells ECANCELED unless all was read.

@@ -46,6 +46,7 @@ struct pi2_cpu {
     float* out;  // (n, n_rows)
   };
   void multiply(const float* x, int64_t n, const Product* products, int count);
+  void multiply_many(const float* x, int64_t n, const Product* products, int count);  // n > 1: batch.cpp
 };
 
 // A row of weights times one token, by integers or floats as the context and the format want.

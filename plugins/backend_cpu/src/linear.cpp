@@ -29,34 +29,28 @@ int64_t chunks_of(const pi2_cpu::Product& p) {
   return (p.n_rows + step - 1) / step;
 }
 
-void multiply_chunk(const pi2_cpu& cpu, const pi2_cpu::Product& p, const float* x, int64_t n, int64_t chunk) {
+void multiply_chunk(const pi2_cpu& cpu, const pi2_cpu::Product& p, const float* x, int64_t chunk) {
   const pi2_matrix& w = *p.w;
   const int64_t step = step_of(w), end = std::min(p.n_rows, (chunk + 1) * step);
-  // A few tokens stay in the L1 cache while the chunk's rows pass by, from memory or from the L2 cache.
-  for (int64_t t = 0; t < n; t += pi2::kTokens) {
-    const int count = static_cast<int>(std::min<int64_t>(pi2::kTokens, n - t));
-    for (int64_t j = chunk * step; j < end; ++j) {
-      float y[pi2::kTokens];
-      dots(cpu, w.dtype, w.data + (p.rows ? p.rows[j] : j) * w.row_bytes, x, t, count, w.cols, y);
-      for (int i = 0; i < count; ++i) p.out[(t + i) * p.n_rows + j] = y[i];
-    }
-  }
+  for (int64_t j = chunk * step; j < end; ++j)
+    p.out[j] = dot(cpu, w.dtype, w.data + (p.rows ? p.rows[j] : j) * w.row_bytes, x, 0, w.cols);
 }
 
 }  // namespace
 
 void pi2_cpu::multiply(const float* x, int64_t n, const Product* products, int count) {
+  if (n > 1) return multiply_many(x, n, products, count);
   bool integers = false;
   int64_t chunks = 0;
   for (int i = 0; i < count; ++i) {
     integers |= integers_for(products[i].w->dtype);
     chunks += chunks_of(products[i]);
   }
-  if (integers) quantise(x, n, products->w->cols);
+  if (integers) quantise(x, 1, products->w->cols);
   pool.for_each(chunks, [&](int64_t chunk) {
     const Product* p = products;
     for (; chunk >= chunks_of(*p); ++p) chunk -= chunks_of(*p);
-    multiply_chunk(*this, *p, x, n, chunk);
+    multiply_chunk(*this, *p, x, chunk);
   });
 }
 

@@ -43,8 +43,9 @@ class Model(ctypes.Structure):
 
 class Options(ctypes.Structure):
     _fields_: ClassVar = [
-        *((name, c_int32) for name in ("engine", "depth", "threads", "must_be_direct")),
+        *((name, c_int32) for name in ("engine", "depth", "threads", "must_be_direct", "cpu")),
         *((name, c_int64) for name in ("block", "merge")),
+        ("deadline", c_double),
         ("model", POINTER(Model)),
     ]
 

@@ -40,6 +40,7 @@ class UfsTier(StorageTier):
     default is the first that there is.  ``depth`` reads are in flight, or ``threads`` of a pool read.
     ``block``: least read in bytes; ``merge``: reads that touch become one of up to so many bytes.
     ``deadline``: seconds after which a read counts as lost.  ``throttle``: a flash device to pretend.
+    ``cpu``: the core that the reading threads are pinned to.
     """
 
     name = "ufs"
@@ -59,6 +60,7 @@ class UfsTier(StorageTier):
         merge: int = 1 << 20,
         deadline: float = 30.0,
         throttle: str | None = None,
+        cpu: int | None = None,
     ) -> None:
         lib = native.library()
         if lib is None:
@@ -66,14 +68,17 @@ class UfsTier(StorageTier):
         if engine is not None and engine not in native.ENGINES:
             raise OptionError(f"there is no engine {engine!r}", hint=f"one of {', '.join(native.ENGINES)}")
         _check_options(depth, threads, block, merge, deadline)
+        if cpu is not None and cpu not in (ours := os.sched_getaffinity(0)):
+            raise OptionError(f"core {cpu} is not ours", hint=f"ours: {', '.join(map(str, sorted(ours)))}")
         self._throttle = throttle
         device = load_device(throttle).native() if throttle else None
         self._engine, self._why = (engine, "as asked") if engine else _engine_here()
         self._lib, self._deadline = lib, deadline
-        self._depth, self._threads, self._block = depth, threads, block
+        self._depth, self._threads, self._block, self._cpu = depth, threads, block, cpu
         must_be_direct = engine is not None and engine != "buffered"
         options = native.Options(
-            native.ENGINES[self._engine], depth, threads, must_be_direct, block, merge,
+            native.ENGINES[self._engine], depth, threads, must_be_direct,
+            -1 if cpu is None else cpu, block, merge, deadline,
             ctypes.pointer(device) if device else None,
         )  # fmt: skip
         error = ctypes.c_int32()
@@ -92,6 +97,8 @@ class UfsTier(StorageTier):
         """Engine, why it, what the file systems allowed, and what is pretended."""
         shape = f"depth {self._depth}" if self._engine == "uring" else f"{self._threads} threads"
         parts = [f"{self._engine} ({self._why})", shape, f"blocks of {self._block} bytes"]
+        if self._cpu is not None:
+            parts.append(f"pinned to core {self._cpu}")
         if self._ufs is not None:
             counts = self.counts()
             if counts["registered_buffers"]:

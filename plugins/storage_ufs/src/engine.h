@@ -15,9 +15,11 @@ class Engine {
   virtual bool registered_files() const { return false; }
 };
 
-std::unique_ptr<Engine> open_threads(Queue& queue, int threads);
+// `cpu`: the core that the threads are pinned to; -1: none.
+std::unique_ptr<Engine> open_threads(Queue& queue, int threads, int cpu);
 // Null with *error set if the kernel refuses.
-std::unique_ptr<Engine> open_uring(Queue& queue, int depth, int32_t* error);
+std::unique_ptr<Engine> open_uring(Queue& queue, int depth, int cpu, int32_t* error);
 int uring_error();  // 0: there is io_uring
+void pin(int cpu);  // the calling thread; nothing for -1
 
 }  // namespace pi2

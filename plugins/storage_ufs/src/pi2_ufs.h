@@ -24,7 +24,9 @@ typedef struct { /* A flash device to pretend; bytes and bytes per second (READM
 typedef struct {
   int32_t engine, depth, threads; /* depth: reads in flight (uring); threads: of the pool (others) */
   int32_t must_be_direct;         /* != 0: a file system that refuses O_DIRECT is an error */
+  int32_t cpu;                    /* the core that the reading threads are pinned to; -1: none */
   int64_t block, merge;           /* bytes: least read (power of two), largest merged read */
+  double deadline;                /* seconds: how long a wait "for ever" is */
   const pi2_ufs_model* model;     /* NULL: as fast as the device is */
 } pi2_ufs_options;
 

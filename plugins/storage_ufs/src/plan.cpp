@@ -14,11 +14,19 @@ constexpr int kAttempts = 1000;  // of a read that the kernel says to try again,
 int64_t down(int64_t x, int64_t block) { return x / block * block; }
 int64_t up(int64_t x, int64_t block) { return (x + block - 1) / block * block; }
 
+constexpr std::size_t kTargets = 256;  // pieces of one read: fewer than the kernel takes (IOV_MAX, 1024)
+
 void complete(const File& file, Operation& op) {
-  const pi2_storage_read& first = op.pieces[0];
   op.file = &file;
-  op.in_place = op.pieces.size() == 1 && first.offset == op.offset && first.nbytes == op.length &&
-                reinterpret_cast<uintptr_t>(first.into) % static_cast<uintptr_t>(file.block) == 0;
+  int64_t at = op.offset;
+  const auto whole = [&](const pi2_storage_read& piece) {
+    const bool follows = piece.offset == at;
+    at += piece.nbytes;
+    return follows && piece.nbytes % file.block == 0 &&
+           reinterpret_cast<uintptr_t>(piece.into) % static_cast<uintptr_t>(file.block) == 0;
+  };
+  op.in_place = op.pieces.size() <= kTargets && std::all_of(op.pieces.begin(), op.pieces.end(), whole) &&
+                at == op.offset + op.length;
 }
 
 }  // namespace
@@ -59,15 +67,24 @@ std::vector<std::unique_ptr<Operation>> plan(const File& file, std::vector<pi2_s
 }
 
 bool Operation::find_buffer() {
-  if (buffer != nullptr) return true;
-  if (in_place) {
-    buffer = pieces[0].into;
-  } else {
-    const auto align = static_cast<std::size_t>(std::max<int64_t>(file->block, 4096));
-    owned.reset(static_cast<uint8_t*>(std::aligned_alloc(align, up(length, static_cast<int64_t>(align)))));
-    buffer = owned.get();
-  }
+  if (in_place || buffer != nullptr) return true;
+  const auto align = static_cast<std::size_t>(std::max<int64_t>(file->block, 4096));
+  owned.reset(static_cast<uint8_t*>(std::aligned_alloc(align, up(length, static_cast<int64_t>(align)))));
+  buffer = owned.get();
   return buffer != nullptr;
+}
+
+void Operation::aim() {
+  targets.clear();
+  if (!in_place) {
+    targets.push_back({buffer + done, static_cast<std::size_t>(length - done)});
+    return;
+  }
+  for (const auto& piece : pieces) {
+    const int64_t read = std::clamp<int64_t>(offset + done - piece.offset, 0, piece.nbytes);
+    if (read < piece.nbytes)
+      targets.push_back({piece.into + read, static_cast<std::size_t>(piece.nbytes - read)});
+  }
 }
 
 bool Operation::advance(int64_t result, int32_t* code) {

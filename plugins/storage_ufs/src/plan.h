@@ -1,5 +1,7 @@
 // From the ranges that somebody wants to the reads that the device gets.
 #pragma once
+#include <sys/uio.h>
+
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -27,17 +29,21 @@ struct Operation {
   int64_t offset = 0, length = 0;  // multiples of the block
   int64_t needed = 0;              // up to the end of the last piece, from `offset`
   std::vector<pi2_storage_read> pieces;
-  bool in_place = false;  // straight into pieces[0].into
+  bool in_place =
+      false;  // straight into the pieces, which are whole blocks, one behind the other in the file
   int32_t priority = 0;
 
-  uint8_t* buffer = nullptr;                      // (length), aligned
-  std::unique_ptr<uint8_t[], FreeAligned> owned;  // `buffer`, unless it is a slot or the caller's
+  uint8_t* buffer = nullptr;                      // (length), aligned; null: in place
+  std::unique_ptr<uint8_t[], FreeAligned> owned;  // `buffer`, unless it is a slot
+  std::vector<iovec> targets;                     // what is left to read, and where to; see aim()
   int slot = -1;                                  // of the registered buffers
   int64_t done = 0;                               // bytes read so far
   int attempts = 0, standstills = 0;
 
-  // Takes the caller's memory, or allocates; false: out of memory.
+  // Makes sure that there is memory to read into; false: out of memory.
   bool find_buffer();
+  // Fills `targets` with the memory for the bytes from offset + done on.
+  void aim();
   // What a read returned: bytes, or -errno.  True: over, with `code`; false: go on at offset + done.
   bool advance(int64_t result, int32_t* code);
   void deliver() const;  // copies the pieces out, unless they were read in place

@@ -6,7 +6,7 @@
 
 namespace pi2 {
 
-Queue::Queue(const pi2_ufs_model* model, int queues) {
+Queue::Queue(const pi2_ufs_model* model, int queues, double deadline) : deadline_(deadline) {
   if (model != nullptr) device_ = std::make_unique<pi2_ufs_device>(*model, queues);
 }
 
@@ -38,15 +38,20 @@ int32_t Queue::wait(int64_t id, double seconds, pi2_storage_failure* failure) {
     return EINVAL;
   }
   const std::shared_ptr<Ticket> ticket = found->second;
-  const auto over = [&] { return ticket->left == 0; };
-  if (seconds < 0) {
-    done_.wait(lock, over);
-  } else {
-    const std::chrono::duration<double> limit(std::min(seconds, 1e8));
-    done_.wait_for(lock, std::chrono::duration_cast<Clock::duration>(limit), over);
+  const auto over = [&] { return ticket->left == 0 || broken_ != 0; };
+  const std::chrono::duration<double> limit(seconds < 0 ? deadline_ : std::min(seconds, 1e8));
+  done_.wait_for(lock, std::chrono::duration_cast<Clock::duration>(limit), over);
+  if (ticket->left > 0 && broken_ == 0) {
+    if (seconds >= 0) return PI2_STORAGE_PENDING;
+    drop(ticket.get());
+    *failure = {ETIMEDOUT, -1};
+    return ETIMEDOUT;
   }
-  if (ticket->left > 0) return PI2_STORAGE_PENDING;
   tickets_.erase(id);
+  if (ticket->left > 0) {
+    *failure = {broken_, -1};
+    return broken_;
+  }
   *failure = {ticket->code, ticket->offset};
   return ticket->code;
 }
@@ -133,6 +138,13 @@ void Queue::stop() {
   drop(nullptr);
   work_.notify_all();
   halt_.notify_all();
+}
+
+void Queue::fail(int32_t code) {
+  stop();
+  std::lock_guard lock(mutex_);
+  broken_ = code;
+  done_.notify_all();
 }
 
 bool Queue::stopped() {

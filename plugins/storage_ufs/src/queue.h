@@ -18,7 +18,7 @@ using Op = std::unique_ptr<Operation>;
 
 class Queue {
  public:
-  Queue(const pi2_ufs_model* model, int queues);
+  Queue(const pi2_ufs_model* model, int queues, double deadline);
 
   // For those who want something read.
   int64_t add(std::vector<Op> ops, int32_t priority);
@@ -29,7 +29,8 @@ class Queue {
   Op next();       // the most urgent, or none
   Op next_wait();  // waits for one; none: stopped
   void finish(Op op, int32_t code);
-  void stop();  // drops what has not started
+  void stop();              // drops what has not started
+  void fail(int32_t code);  // the engine is broken: stops, and all that is under way ends with `code`
   bool stopped();
 
   void count(pi2_ufs_counts* counts);
@@ -48,6 +49,8 @@ class Queue {
   std::unordered_map<int64_t, std::shared_ptr<Ticket>> tickets_;
   int64_t last_ticket_ = 0;
   bool stopped_ = false;
+  int32_t broken_ = 0;
+  double deadline_;
   pi2_ufs_counts counts_{};
   std::unique_ptr<pi2_ufs_device> device_;
   Clock::time_point began_ = Clock::now();

@@ -1,6 +1,6 @@
 // The fallback: blocking reads on threads of the library's own.
 #include <errno.h>
-#include <unistd.h>
+#include <sys/uio.h>
 
 #include <thread>
 
@@ -12,8 +12,9 @@ namespace {
 int32_t read_whole(Operation& op) {
   if (!op.find_buffer()) return ENOMEM;
   for (;;) {
-    const auto left = static_cast<std::size_t>(op.length - op.done);
-    const int64_t got = pread(op.file->fd, op.buffer + op.done, left, op.offset + op.done);
+    op.aim();
+    const int64_t got =
+        preadv(op.file->fd, op.targets.data(), static_cast<int>(op.targets.size()), op.offset + op.done);
     int32_t code;
     if (op.advance(got < 0 ? -errno : got, &code)) return code;
   }
@@ -21,8 +22,13 @@ int32_t read_whole(Operation& op) {
 
 class Threads final : public Engine {
  public:
-  Threads(Queue& queue, int threads) : queue_(queue) {
-    for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { serve(); });
+  Threads(Queue& queue, int threads, int cpu) : queue_(queue) {
+    for (int i = 0; i < threads; ++i) {
+      threads_.emplace_back([this, cpu] {
+        pin(cpu);
+        serve();
+      });
+    }
   }
   ~Threads() override {
     for (auto& thread : threads_) thread.join();
@@ -42,8 +48,8 @@ class Threads final : public Engine {
 
 }  // namespace
 
-std::unique_ptr<Engine> open_threads(Queue& queue, int threads) {
-  return std::make_unique<Threads>(queue, threads);
+std::unique_ptr<Engine> open_threads(Queue& queue, int threads, int cpu) {
+  return std::make_unique<Threads>(queue, threads, cpu);
 }
 
 }  // namespace pi2

@@ -17,7 +17,7 @@ void cancel(void* self, int64_t ticket);
 
 struct pi2_ufs {
   explicit pi2_ufs(const pi2_ufs_options& o)
-      : options(o), queue(o.model, o.engine == PI2_UFS_URING ? 1 : o.threads) {
+      : options(o), queue(o.model, o.engine == PI2_UFS_URING ? 1 : o.threads, o.deadline) {
     options.model = nullptr;  // the caller's; the queue has a copy
   }
 
@@ -87,8 +87,9 @@ extern "C" int32_t pi2_ufs_uring(void) { return pi2::uring_error(); }
 extern "C" pi2_ufs* pi2_ufs_open(const pi2_ufs_options* options, int32_t* error) {
   auto ufs = std::make_unique<pi2_ufs>(*options);
   *error = 0;
-  ufs->engine = options->engine == PI2_UFS_URING ? pi2::open_uring(ufs->queue, options->depth, error)
-                                                 : pi2::open_threads(ufs->queue, options->threads);
+  ufs->engine = options->engine == PI2_UFS_URING
+                    ? pi2::open_uring(ufs->queue, options->depth, options->cpu, error)
+                    : pi2::open_threads(ufs->queue, options->threads, options->cpu);
   return *error == 0 ? ufs.release() : nullptr;
 }
 

@@ -120,14 +120,17 @@ class Ring {
 
 class Uring final : public Engine {
  public:
-  Uring(Queue& queue, int depth)
+  Uring(Queue& queue, int depth, int cpu)
       : queue_(queue), ring_(depth), event_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
     if (error() != 0) return;
     depth_ = std::min(depth, ring_.entries - 1);
     enlist_buffers();
     const std::vector<int> none(kFiles, -1);
     files_ = ring_.enlist(IORING_REGISTER_FILES, none.data(), kFiles);
-    thread_ = std::thread([this] { serve(); });
+    thread_ = std::thread([this, cpu] {
+      pin(cpu);
+      serve();
+    });
   }
   ~Uring() override {
     if (thread_.joinable()) thread_.join();
@@ -195,13 +198,19 @@ void Uring::issue(Op op) {
   }
   if (!op->find_buffer()) return queue_.finish(std::move(op), ENOMEM);
   io_uring_sqe sqe{};
-  sqe.opcode = op->slot >= 0 ? IORING_OP_READ_FIXED : IORING_OP_READ;
+  sqe.opcode = op->slot >= 0 ? IORING_OP_READ_FIXED : IORING_OP_READV;
   sqe.buf_index = static_cast<uint16_t>(std::max(op->slot, 0));
   const bool fixed = files_ && op->file->id < kFiles;
   sqe.fd = fixed ? static_cast<int>(op->file->id) : op->file->fd;
   sqe.flags = fixed ? IOSQE_FIXED_FILE : 0;
-  sqe.addr = reinterpret_cast<uint64_t>(op->buffer + op->done);
-  sqe.len = static_cast<uint32_t>(op->length - op->done);
+  op->aim();
+  if (op->slot >= 0) {
+    sqe.addr = reinterpret_cast<uint64_t>(op->targets[0].iov_base);
+    sqe.len = static_cast<uint32_t>(op->targets[0].iov_len);
+  } else {
+    sqe.addr = reinterpret_cast<uint64_t>(op->targets.data());
+    sqe.len = static_cast<uint32_t>(op->targets.size());
+  }
   sqe.off = static_cast<uint64_t>(op->offset + op->done);
   sqe.user_data = reinterpret_cast<uint64_t>(op.release());  // comes back in answer()
   ring_.push(sqe);
@@ -233,7 +242,7 @@ void Uring::serve() {
       issue(std::move(op));
     }
     if (flying_ == 0 && queue_.stopped()) return;
-    if (ring_.enter() != 0) return queue_.stop();  // the ring is broken: nobody shall wait for it
+    if (const int error = ring_.enter()) return queue_.fail(error);  // nobody shall wait for a broken ring
     io_uring_cqe cqe;
     while (ring_.reap(&cqe)) answer(cqe);
   }
@@ -249,8 +258,8 @@ int uring_error() {
   return 0;
 }
 
-std::unique_ptr<Engine> open_uring(Queue& queue, int depth, int32_t* error) {
-  auto engine = std::make_unique<Uring>(queue, depth);
+std::unique_ptr<Engine> open_uring(Queue& queue, int depth, int cpu, int32_t* error) {
+  auto engine = std::make_unique<Uring>(queue, depth, cpu);
   *error = engine->error();
   if (*error != 0) return nullptr;
   return engine;
@@ -262,7 +271,7 @@ std::unique_ptr<Engine> open_uring(Queue& queue, int depth, int32_t* error) {
 
 namespace pi2 {
 int uring_error() { return ENOSYS; }
-std::unique_ptr<Engine> open_uring(Queue&, int, int32_t* error) {
+std::unique_ptr<Engine> open_uring(Queue&, int, int, int32_t* error) {
   *error = ENOSYS;
   return nullptr;
 }
