@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 from pi2.container.layout import QuantPlan
-from pi2.relufy import Settings
+from pi2.relufy import Settings, open_relufication
 from pi2.tensor import Tensor
 from pi2.testing.models import RandomSource, toy_architecture
 
@@ -47,3 +47,22 @@ def write_texts(folder):
     talks[3]["verbatim"] = True
     chat.write_text("\n".join(map(json.dumps, talks)) + "\n")
     return [plain, chat]
+
+
+def run(destination, texts, settings=None, source=None, stop_after=None, keep=False, **options):
+    """A whole relufication; the report, or None if it was stopped after so many steps."""
+    source = source or silu_source()
+    with open_relufication(source, texts, destination, settings or quick(), **options) as work:
+        work.compare()
+        work.refit()
+        steps = 0
+
+        def stopped():
+            nonlocal steps
+            steps += 1
+            return stop_after is not None and steps > stop_after
+
+        if not work.distil(stopped=stopped):
+            return None
+        work.write(keep=keep)
+        return work.report

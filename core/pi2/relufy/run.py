@@ -108,9 +108,10 @@ class Relufication:
 
     def compare(self, progress: Progress = _nothing) -> None:
         """Measure the original, and the twin before anything is trained."""
-        for stage, network in (("original", self._original), ("swapped", self._twin.network())):
-            if stage not in self.report.stages:
-                self._measure(stage, network, progress)
+        with _threads(self._settings):
+            for stage, network in (("original", self._original), ("swapped", self._twin.network())):
+                if stage not in self.report.stages:
+                    self._measure(stage, network, progress)
 
     def refit(self, progress: Progress = _nothing) -> None:
         """Refit W_down of every layer, and measure."""
@@ -125,8 +126,8 @@ class Relufication:
                 self._original, self._twin, rows, s.ridge, self._place,
                 lambda layer: progress(f"refit of layer {layer}", layer + 1, layers),
             )  # fmt: skip
-        self.report.refit_s += time.monotonic() - start
-        self._measure("refitted", self._twin.network(), _nothing)
+            self.report.refit_s += time.monotonic() - start
+            self._measure("refitted", self._twin.network(), _nothing)
 
     def distil(self, progress: Progress = _nothing, stopped: Callable[[], bool] = lambda: False) -> bool:
         """Train, and measure.  False: ``stopped`` said so; what was done is kept for the next run."""
