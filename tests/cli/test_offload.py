@@ -114,6 +114,6 @@ def test_chat_and_eval_take_a_budget_too(toy, tmp_path):
     plain = pi2("eval", toy, text, "--tokens", 64, "--sequence", 32, "--json")
     result = pi2("eval", toy, text, "--tokens", 64, "--sequence", 32, "--json", "--memory", "2G")
     assert json.loads(result.stdout)["perplexity"] == json.loads(plain.stdout)["perplexity"]
-    said = pi2("chat", "--model", toy, "--max-tokens", 3, *SMALL, input="Hi\nAgain\n/exit\n")
+    said = pi2("chat", "--model", toy, "--max-tokens", 3, *SMALL, stdin="Hi\nAgain\n/exit\n")
     assert said.exit_code == 0
-    assert said.stdout == pi2("chat", "--model", toy, "--max-tokens", 3, input="Hi\nAgain\n/exit\n").stdout
+    assert said.stdout == pi2("chat", "--model", toy, "--max-tokens", 3, stdin="Hi\nAgain\n/exit\n").stdout
