@@ -102,7 +102,7 @@ def test_a_collection_that_was_stopped_goes_on_to_the_same_counts(tmp_path, text
         assert 0 < stopped.counts.tokens < 23 * 12
         Statistics(stopped.counts).save(tmp_path / "s")
         resumed = Collector(engine, (1, 2, 4))
-        resumed.resume(tmp_path / "s")
+        resumed.resume(Statistics.load(tmp_path / "s").counts)
         heard = []
         resumed.run(texts, progress=lambda what, done, total: heard.append((done, total)))
         assert heard[0][0] == stopped.counts.tokens + 23
@@ -122,10 +122,17 @@ def test_tokens_bound_what_is_counted(tmp_path, texts):
 
 def test_counts_of_another_model_are_not_gone_on_with(tmp_path, texts):
     counts = collected(model_of(tmp_path), texts, 23)
-    Statistics(dataclasses.replace(counts, model="another")).save(tmp_path / "s")
-    message = re.escape(f"{tmp_path / 's'}: the statistics are of another")
-    with Engine.open(tmp_path / "model", **BUILTINS) as engine, pytest.raises(FormatError, match=message):
-        Collector(engine, (1, 2, 4)).resume(tmp_path / "s")
+    other = dataclasses.replace(counts, model="another")
+    with (
+        Engine.open(tmp_path / "model", **BUILTINS) as engine,
+        pytest.raises(FormatError, match="the statistics are of another model"),
+    ):
+        Collector(engine, (1, 2, 4)).resume(other)
+    Statistics(other).save(tmp_path / "s")
+    message = re.escape(f"{tmp_path / 's'}: the statistics are of another model")
+    with pytest.raises(FormatError, match=message):
+        Statistics.of_file(tmp_path / "s", counts.model)
+    assert Statistics.of_file(tmp_path / "none", counts.model) == Statistics()
 
 
 def test_a_model_without_exact_zeros_has_nothing_to_count(tmp_path):

@@ -14,9 +14,8 @@ from pi2.activity import open_factors
 from pi2.activity_sketch import ActivitySketch
 from pi2.container.layout import NEURONS
 from pi2.engine import Engine
-from pi2.errors import FormatError, OptionError
+from pi2.errors import OptionError
 from pi2.kv_cache import KvCache
-from pi2.statistics_file import Statistics
 from pi2.tensor import F32, U8
 from pi2.text_files import TextFile, opening, read_texts
 
@@ -62,13 +61,9 @@ class Collector:
             batches=tuple(batches),
         )
 
-    def resume(self, path: Path) -> None:
-        """Go on from the counts in ``path``.  Raises FormatError if they are of another model or setting."""
-        found = Statistics.load(path).counts
-        try:
-            self.counts = self.counts.merged(found)
-        except FormatError as e:
-            raise FormatError(f"{path}: {e}", hint=e.hint) from None
+    def resume(self, found: ActivationCounts) -> None:
+        """Go on from what was counted.  Raises FormatError if it is of another model or setting."""
+        self.counts = self.counts.merged(found)
 
     def run(
         self,

@@ -37,6 +37,12 @@ def command(
     greedy: o.Greedy = False,
     system: o.System = None,
     context: o.Context = None,
+    memory: o.Memory = None,
+    policy: o.Policy = None,
+    hot: o.Hot = None,
+    offload: o.OffloadDetails = None,
+    trace: o.Trace = None,
+    verify: o.Verify = False,
 ) -> None:
     """Hold a conversation, one line a turn.
 
@@ -54,7 +60,13 @@ def command(
         max_tokens=max_tokens,
     )
     with o.open_engine(
-        model, backend=backend, storage=storage, predictor=predictor, context=context
+        model,
+        backend=backend,
+        storage=storage,
+        predictor=predictor,
+        context=context,
+        verify=verify,
+        offload=o.parse_offload(memory, policy, hot, offload, trace),
     ) as engine:
         Chat(engine, sampling, system).loop()
 

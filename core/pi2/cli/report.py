@@ -96,9 +96,12 @@ def _load(path: Path) -> ActivationCounts:
     from pi2.statistics_file import Statistics
 
     try:
-        return Statistics.load(path).counts
+        counts = Statistics.load(path).counts
     except OSError as e:
         raise StorageError(e.strerror or str(e), path=path, hint="check that it may be read") from None
+    if counts is None:
+        raise FormatError(f"{path} has no activation counts", hint="count on a text: pi2 collect MODEL TEXT")
+    return counts
 
 
 def _make(out: Path) -> None:

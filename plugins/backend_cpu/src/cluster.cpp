@@ -9,8 +9,7 @@ namespace {
 
 constexpr int64_t kRanges = 32;  // enough to share out among threads evenly
 constexpr int64_t kSmallest =
-    96;                        // neurons in a range: its sum costs the memory traffic of about two of them
-constexpr int64_t kAhead = 2;  // candidates: a dot takes some 70 ns, memory some 100 ns
+    96;  // neurons in a range: its sum costs the memory traffic of about two of them
 constexpr int64_t kColumns = 1024;  // of the final sum, a task
 
 }  // namespace
@@ -35,23 +34,12 @@ OneToken::OneToken(pi2_cpu& cpu, const pi2_ffn& f, const Candidates& candidates,
   hidden_ = cpu.hidden.data();
 }
 
-// Dots of k rows with the token; memory is asked for rows ahead of their turn: they lie too far apart for the
-// hardware, which stops at the end of a page.
-void OneToken::dots(int32_t dtype, const uint8_t* const* rows, int64_t k, float* out) const {
-  const int64_t bytes = row_bytes(dtype, f_.d_model);
-  for (int64_t j = 0; j < k; ++j) {
-    if (j + kAhead < k)
-      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(rows[j + kAhead] + at);
-    out[j] = dot(cpu_, dtype, rows[j], x_, 0, f_.d_model);
-  }
-}
-
 int64_t OneToken::gates(const int32_t* which, int64_t k, int32_t* on) {
   const bool gated = f_.gate != PI2_NONE;
   const uint8_t* rows[kLargest] = {};
   float sums[kLargest];
   for (int64_t j = 0; j < k; ++j) rows[j] = bundle(which[j]) + (gated ? f_.gate_offset : f_.up_offset);
-  dots(gated ? f_.gate : f_.up, rows, k, sums);
+  dot_rows(cpu_, gated ? f_.gate : f_.up, rows, k, x_, f_.d_model, sums);
   int64_t count = 0;
   for (int64_t j = 0; j < k; ++j) {
     const int32_t i = which[j];
@@ -66,7 +54,7 @@ void OneToken::ups(const int32_t* which, int64_t k) {
   const uint8_t* rows[kLargest] = {};
   float sums[kLargest];
   for (int64_t j = 0; j < k; ++j) rows[j] = bundle(which[j]) + f_.up_offset;
-  dots(f_.up, rows, k, sums);
+  dot_rows(cpu_, f_.up, rows, k, x_, f_.d_model, sums);
   for (int64_t j = 0; j < k; ++j) {
     const float up = sums[j] + ::bias(f_, bundle(which[j]), 1);
     hidden_[which[j]] *= f_.up_relu && up <= 0 ? 0.0f : up;

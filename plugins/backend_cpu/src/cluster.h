@@ -42,8 +42,6 @@ class OneToken {
   int64_t total(float* out);
 
  private:
-  void dots(int32_t dtype, const uint8_t* const* rows, int64_t k, float* out) const;
-
   pi2_cpu& cpu_;
   const pi2_ffn& f_;
   Candidates candidates_;
