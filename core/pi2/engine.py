@@ -55,6 +55,7 @@ class Engine:
                 f" the model only {model.architecture.vocab_size}"
             )
         predictor.attach(model, backend)
+        self.backend = backend
         self._parts = {"backend": backend, "storage": storage, "predictor": predictor}
         self._lossless = predictor.lossless
         self.context = context
