@@ -11,6 +11,7 @@ import gguf_files
 import huggingface_files
 import lowrank_files
 import pytest
+import threshold_files
 from gguf import GGMLQuantizationType as Type
 from pi2.api import Plugin
 from pi2.formats.gguf_source import GgufFormat
@@ -61,9 +62,10 @@ class TestPredictors(PredictorTests):
     @pytest.fixture(scope="class", params=sorted(MODELS))
     @classmethod
     def model_path(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        """With a file for the predictors that need one."""
+        """With files for the predictors that need them."""
         arch = toy_architecture(**MODELS[request.param])
         path = write_toy_model(tmp_path_factory.mktemp("predictor") / "model", arch)
+        threshold_files.install(path, arch)
         return lowrank_files.install(path, lowrank_files.random_predictors(path, arch))
 
     @pytest.fixture(scope="class", params=every("predictors"))

@@ -28,8 +28,9 @@ def pi2_predictors() -> list[type[Predictor]]:
     from pi2.builtin.lookahead_predictor import LookaheadPredictor
     from pi2.builtin.lowrank_predictor import LowRankPredictor
     from pi2.builtin.oracle_predictor import OraclePredictor
+    from pi2.builtin.threshold_predictor import ThresholdPredictor
 
-    return [ExactPredictor, LookaheadPredictor, LowRankPredictor, OraclePredictor]
+    return [ExactPredictor, LookaheadPredictor, LowRankPredictor, OraclePredictor, ThresholdPredictor]
 
 
 @hookimpl

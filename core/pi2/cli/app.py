@@ -14,7 +14,18 @@ import typer
 from typer.core import TyperGroup
 
 import pi2
-from pi2.cli import chat, collect, convert, doctor, eval, inspect, plugins, run, train_predictor  # noqa: A004  the command's name
+from pi2.cli import (
+    chat,
+    collect,
+    convert,
+    doctor,
+    eval,  # noqa: A004  the command's name
+    inspect,
+    plugins,
+    report,
+    run,
+    train_predictor,
+)
 from pi2.cli.output import print_error
 from pi2.errors import Pi2Error
 
@@ -53,7 +64,7 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (run, chat, convert, inspect, collect, train_predictor, eval, plugins, doctor):
+for _module in (run, chat, convert, inspect, collect, report, train_predictor, eval, plugins, doctor):
     app.command(name=_module.__name__.rpartition(".")[2].replace("_", "-"))(_module.command)
 
 
