@@ -29,6 +29,7 @@ from pi2.lowrank.closed_form import ClosedForm, Layers, closed_form, density_at,
 from pi2.lowrank.inputs import Corpus, Inputs, Progress, read_corpus
 from pi2.lowrank.widths import BUDGET, candidates, choose_widths, predictor_bytes
 from pi2.tensor import F32, DType, Tensor
+from pi2.thresholds import CALIBRATE_HINT
 
 _LOSS_TOKENS = 1024  # held out, read one by one for the perplexity
 _HIGHEST_RECALL = 0.9995
@@ -70,7 +71,7 @@ class Training:
         if not engine.model.architecture.sparse:
             raise OptionError(
                 f"{engine.model.architecture.activation} has no exact zeros: there is nothing to predict",
-                hint="make a ReLU model of it first, or use a predictor that thresholds",
+                hint=f"for --predictor threshold {CALIBRATE_HINT}",
             )
         self.settings = settings
         self._engine, self._model = engine, engine.model
