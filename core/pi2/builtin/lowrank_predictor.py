@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pi2.api import Backend, ModelView, Predictor, Probe
-from pi2.container.predictors import FfnPredictor, Predictors, model_predictors
+from pi2.container.predictors import PREDICTORS, FfnPredictor, Predictors, model_predictors
 from pi2.errors import OptionError
 from pi2.tensor import F32, Ids
 
@@ -75,6 +75,15 @@ class LowRankPredictor(Predictor):
         found = model_predictors(model.path, model.architecture, self._file)
         self._check_loss(found)
         self.use(found, backend)
+
+    def offloaded_bytes(self, model: ModelView) -> int:
+        """Of all predictors (powers.SupportsOffload): they stay in memory."""
+        file = self._file or model.path / PREDICTORS
+        return file.stat().st_size if file.is_file() else 0  # attach says what is wrong
+
+    def attach_offloaded(self, model: ModelView, backend: Backend) -> None:
+        """The same as ``attach`` (powers.SupportsOffload)."""
+        self.attach(model, backend)
 
     def use(self, found: Predictors, backend: Backend) -> None:
         """Ask these predictors, whatever they lose."""

@@ -21,6 +21,7 @@ from pi2.cli import (
     doctor,
     eval,  # noqa: A004  the command's name
     inspect,
+    place,
     plugins,
     report,
     run,
@@ -64,7 +65,7 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (run, chat, convert, inspect, collect, report, train_predictor, eval, plugins, doctor):
+for _module in (run, chat, convert, inspect, collect, report, train_predictor, place, eval, plugins, doctor):
     app.command(name=_module.__name__.rpartition(".")[2].replace("_", "-"))(_module.command)
 
 

@@ -286,8 +286,9 @@ struct Make {
     dots_of<kTokens>(dtype, row, x, cols, out);
   }
 
-  static constexpr Kernels table() {
-    return {V::kName, quantise, dot, dot_quantised, dots_quantised, add_rows, decode, add_product, scores};
+  static constexpr Kernels table(const Panels* panels) {
+    return {V::kName, quantise, dot,         dot_quantised, dots_quantised,
+            add_rows, decode,   add_product, scores,        panels};
   }
 };
 

@@ -16,6 +16,8 @@ struct Quantised {
   const float* offsets;    // (cols / 32): -8 * scale * sum of the block's quants, for q4_0 weights
 };
 
+struct Panels;  // panels.h
+
 struct Kernels {
   const char* isa;
   // x (cols) -> quants, shuffled (cols), scales, offsets (cols / 32)
@@ -39,6 +41,7 @@ struct Kernels {
   void (*add_product)(const float* h, const float* w, int64_t k, int64_t width, float* y);
   // out[j] = q . keys[j], with keys (k, cols); the bits of one do not depend on the others.
   void (*scores)(const float* q, const float* keys, int64_t k, int64_t cols, float* out);
+  const Panels* panels;  // many rows times many tokens
 };
 
 // Bytes from the start of a row to its scales (quantised formats only).
