@@ -23,6 +23,7 @@ from pi2.cli import (
     inspect,
     place,
     plugins,
+    relufy,
     report,
     run,
     train_predictor,
@@ -65,7 +66,8 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (run, chat, convert, inspect, collect, report, train_predictor, place, eval, plugins, doctor):
+_MODULES = (run, chat, convert, inspect, collect, train_predictor, relufy, report, place, eval, plugins, doctor)
+for _module in _MODULES:
     app.command(name=_module.__name__.rpartition(".")[2].replace("_", "-"))(_module.command)
 
 
