@@ -66,8 +66,9 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_MODULES = (run, chat, convert, inspect, collect, train_predictor, relufy, report, place, eval, plugins, doctor)
-for _module in _MODULES:
+_USE = (run, chat)
+_MAKE = (convert, inspect, collect, report, train_predictor, relufy, place, eval)
+for _module in (*_USE, *_MAKE, plugins, doctor):
     app.command(name=_module.__name__.rpartition(".")[2].replace("_", "-"))(_module.command)
 
 
