@@ -51,6 +51,7 @@ def command(
     policy: o.Policy = None,
     hot: o.Hot = None,
     offload: o.OffloadDetails = None,
+    sparse_head: o.SparseHead = None,
     trace: o.Trace = None,
     verify: o.Verify = False,
     json: o.Json = False,
@@ -88,6 +89,7 @@ def command(
         context=context,
         verify=verify,
         offload=o.parse_offload(memory, policy, hot, offload, trace),
+        sparse_head=sparse_head,
     ) as engine:
         _answer(engine, _prompt_ids(engine, text, system, raw), sampling, json=json, quiet=quiet)
 
