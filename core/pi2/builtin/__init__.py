@@ -35,9 +35,13 @@ def pi2_predictors() -> list[type[Predictor]]:
 
 @hookimpl
 def pi2_cache_policies() -> list[type[CachePolicy]]:
+    from pi2.builtin.clock_policy import ClockPolicy
+    from pi2.builtin.lfu_policy import LfuPolicy
     from pi2.builtin.lru_policy import LruPolicy
+    from pi2.builtin.quota_policy import QuotaPolicy
+    from pi2.builtin.s3fifo_policy import S3FifoPolicy
 
-    return [LruPolicy]
+    return [ClockPolicy, LfuPolicy, LruPolicy, QuotaPolicy, S3FifoPolicy]
 
 
 @hookimpl
