@@ -27,12 +27,12 @@ BUILTINS = Plugins.installed(Settings(plugins=frozenset()))
 
 
 @pytest.mark.parametrize("kind", sorted(MODELS))
-def test_looking_into_a_backend_changes_nothing(tmp_path, kind):
+def test_looking_at_neurons_changes_nothing(tmp_path, kind):
     arch = toy_architecture(**MODELS[kind])
     with Engine.open(write_toy_model(tmp_path / "m", arch), plugins=BUILTINS) as engine:
         seen = []
         plain = NumpyBackend()
-        probed = ProbedBackend(plain, lambda ffn, gate, other, h: (seen.append(ffn), h)[1])
+        probed = ProbedBackend(lambda ffn, gate, other, h: (seen.append(ffn), h)[1])
         spec, x = spec_of(engine.model), ffn_inputs(arch, 5, np.random.default_rng(0))
         handles = [[b.place_ffn(engine.model.bundles(i), spec) for i in range(2)] for b in (plain, probed)]
         for i in (1, 0):

@@ -70,7 +70,7 @@ class Calibration:
                 f"there are {length} tokens of text, too few to calibrate with",
                 hint=f"give at least {2 * length}",
             )
-        self._backend = ProbedBackend(engine.backend, _unchanged)
+        self._backend = ProbedBackend(_unchanged)
         self._decoder = Decoder(engine.model, self._backend, ExactPredictor())
         self.thresholds = Thresholds(
             engine.model.manifest.files[NEURONS].sha256,

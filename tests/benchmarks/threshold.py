@@ -57,7 +57,7 @@ class Cutter:
 
 
 def perplexity(engine: Engine, ids: list[int], visit: Any) -> float:
-    backend = ProbedBackend(engine.backend, visit)
+    backend = ProbedBackend(visit)
     decoder = Decoder(engine.model, backend, engine.decoder.predictor)
     likelihood = Likelihood()
     for start in range(0, len(ids) - 1, SEQUENCE):
