@@ -11,7 +11,7 @@ from pi2.tensor import F32, U8, Ids, Tensor
 
 from pi2_backend_opencl import matrix, neurons, selftest
 from pi2_backend_opencl.caps import load_profile, resolve
-from pi2_backend_opencl.device import Device, choose_device, device_errors, find_devices
+from pi2_backend_opencl.device import choose_device, device_errors, find_devices
 
 _ACCELERATOR, _ON_CPU = 200, 5  # a CPU's OpenCL stays below its native kernels, and below NumPy
 _EXACT, _ROUNDED = 1e-5, 0.012

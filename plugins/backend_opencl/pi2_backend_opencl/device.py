@@ -116,11 +116,13 @@ class Device:
         """Weights as a buffer (kind 0), or as an image over one: 1 dimension, or ``texels`` (2)."""
         if kind == 2:
             flags = _FLAGS.READ_ONLY | _FLAGS.COPY_HOST_PTR
-            return cl.Image(self._context, flags, _WORDS, shape=texels, hostbuf=data)
+            return cl.create_image(self._context, flags, _WORDS, shape=texels, hostbuf=data)
         buffer = self.fixed(data)
         if kind == 0:
             return buffer
-        return cl.Image(self._context, _FLAGS.READ_ONLY, _WORDS, shape=(data.nbytes // 16,), buffer=buffer)
+        return cl.create_image(
+            self._context, _FLAGS.READ_ONLY, _WORDS, shape=(data.nbytes // 16,), buffer=buffer
+        )
 
     def scratch(self, name: str, nbytes: int) -> Any:
         """A buffer of at least ``nbytes``, the same at every call until it has to grow."""
@@ -150,7 +152,7 @@ class Device:
         if not self.variant.limits.images or texels > self.variant.limits.image_buffer_texels:
             return None
         if buffer.int_ptr not in self._images:
-            self._images[buffer.int_ptr] = cl.Image(
+            self._images[buffer.int_ptr] = cl.create_image(
                 self._context, _FLAGS.READ_ONLY, _INPUTS, shape=(texels,), buffer=buffer
             )
         return self._images[buffer.int_ptr]

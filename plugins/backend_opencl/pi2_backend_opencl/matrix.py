@@ -114,7 +114,9 @@ def multiply(device: Device, matrix: Matrix, x: Inputs, rows: Ids | None, y: Any
             if n:
                 ids = device.send(f"rows{number}", rows[first:end])
         if n:
-            _multiply_shard(device, matrix, shard, x, (ids, int(rows is not None), shard.first, n), y, stride, first)
+            _multiply_shard(
+                device, matrix, shard, x, (ids, int(rows is not None), shard.first, n), y, stride, first
+            )
 
 
 def _multiply_shard(

@@ -123,11 +123,10 @@ def _some_tokens(device: Device, ffn: Ffn, x: F32, out: F32, rows: Ids | None, n
     ids = device.nothing if rows is None else device.send("rows", rows)
     has_rows = int(rows is not None)
     active = device.send("active", np.zeros(1, np.int32))
-    macros = {"ACTIVATION": ffn.activation, "DTYPE": CODES[ffn.down_dtype], "TOKENS": 1}
-    combine = device.programs.kernel("neurons", "combine", device.variant, **macros)
+    combine = device.programs.kernel("neurons", "combine", device.variant)
     device.run(
         combine, (-(-n // LANES) * LANES, tokens), (LANES, 1),
-        hidden, up, int(ffn.gate is not None), int(ffn.up_relu),
+        hidden, up, int(ffn.gate is not None), ffn.activation, int(ffn.up_relu),
         device.nothing if ffn.biases is None else ffn.biases, int(ffn.biases is not None),
         ids, has_rows, n, tokens, active,
     )  # fmt: skip
@@ -143,8 +142,8 @@ def _add_down(
     variant = device.variant
     groups = -(-ffn.d_model // 32)
     each = 1 if tokens == 1 else TOKENS
-    macros = {"ACTIVATION": ffn.activation, "DTYPE": CODES[ffn.down_dtype], "TOKENS": each}
-    kernel = device.programs.kernel("neurons", "add_down", variant, **macros)
+    macros = {"DTYPE": CODES[ffn.down_dtype], "TOKENS": each}
+    kernel = device.programs.kernel("down", "add_down", variant, **macros)
     result = device.scratch("out", 4 * tokens * groups * 32)
     bounds = ffn.neurons * np.arange(variant.splits + 1) // variant.splits
     starts = bounds if rows is None else np.searchsorted(rows, bounds)

@@ -1,9 +1,4 @@
-"""Tries every kernel with known numbers before it is trusted: drivers miscompile (notes on Adreno).
-
-``python -m pi2_backend_opencl.selftest --json`` reports a device's correctness, bandwidth and latencies.
-"""
-
-from __future__ import annotations
+"""Tries every kernel with known numbers before it is trusted: drivers of phones miscompile."""
 
 import dataclasses
 from pathlib import Path

@@ -90,7 +90,8 @@ WAVE __kernel void rows_times(WEIGHTS_ARG, __global const half* scales, int grou
 #if BROADCAST && TOKENS == 1
   SHARED_ROOM
 #endif
-  for (int g = split; g < groups; g += SPLITS) {
+  for (int begin = 0; begin < groups; begin += SPLITS) {  // as often in every split: there are barriers
+    const int mine = begin + split < groups, g = mine ? begin + split : groups - 1;
     float4 w[8];
     unpack(words, groups, c, g, lane, w);
     const float scale = scale_of(scales, groups, c, g, lane);
@@ -104,7 +105,7 @@ WAVE __kernel void rows_times(WEIGHTS_ARG, __global const half* scales, int grou
 #else
       for (int k = 0; k < 8; ++k) part += dot(w[k], input(at + k));
 #endif
-      sum[t] += scale * part;
+      if (mine) sum[t] += scale * part;
     }
   }
   __local float parts[LANES * SPLITS];
