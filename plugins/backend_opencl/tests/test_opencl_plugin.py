@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import pi2_backend_opencl
@@ -30,6 +31,11 @@ def backend(tmp_path_factory):
     opened = OpenclBackend.open({"cache": str(tmp_path_factory.mktemp("kernels"))})
     yield opened
     opened.close()
+
+
+@pytest.mark.skipif("PI2_EXPECT_OPENCL" not in os.environ, reason="PI2_EXPECT_OPENCL is not set")
+def test_the_driver_is_the_expected_one(found):
+    assert os.environ["PI2_EXPECT_OPENCL"] in found.name
 
 
 def test_it_registers_one_backend():
