@@ -1,4 +1,4 @@
-"""Activation counts: they merge like sums, a batch is the union of its sequences, files are checked."""
+"""Activation counts: they merge like sums, and a batch is the union of its sequences."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pi2.activation_counts import ActivationCounts
+from pi2.activity_sketch import ActivitySketch
 from pi2.errors import FormatError, OptionError
-from safetensors.numpy import save_file
 
 LAYERS, NEURONS, LENGTH = 3, 5, 4
 
@@ -25,9 +25,15 @@ def counted(groups, batches=(1, 2, 4)):
     total = empty(batches)
     for text, activities in groups.items():
         for activity in activities:
+            group = empty(batches)
             for layer, active in enumerate(activity):
-                total.add(layer, active)
-            total.finish_group(text, activity.shape[1])
+                group.add(layer, active)
+                group.factors[layer] += active.sum()
+            tokens = np.packbits(activity, axis=3).reshape(LAYERS, -1, 1)
+            first = total.texts.get(text, 0) * LENGTH
+            group.sketch = ActivitySketch.of_tokens(text, first, tokens, NEURONS)
+            group.finish_group(text, activity.shape[1])
+            total = total.merged(group, later=True)
     return total
 
 
@@ -35,6 +41,10 @@ def assert_same(a, b):
     assert (a.model, a.sequence, a.batches, a.texts) == (b.model, b.sequence, b.batches, b.texts)
     assert np.array_equal(a.counts, b.counts)
     assert np.array_equal(a.steps, b.steps)
+    assert np.array_equal(a.repeats, b.repeats)
+    assert np.array_equal(a.factors, b.factors)
+    assert np.array_equal(a.sketch.keys, b.sketch.keys)
+    assert np.array_equal(a.sketch.sets, b.sketch.sets)
 
 
 @st.composite
@@ -43,7 +53,7 @@ def corpora(draw):
     sizes = draw(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=2, max_size=4))
     shape = (LAYERS, 0, LENGTH, NEURONS)
     return {
-        f"text {i}": [rng.random((shape[0], n, *shape[2:])) < 0.3 for n in groups]
+        f"{i:016x}".ljust(64, "0"): [rng.random((shape[0], n, *shape[2:])) < 0.3 for n in groups]
         for i, groups in enumerate(sizes)
     }
 
@@ -77,25 +87,25 @@ def test_a_batch_is_active_where_any_of_its_sequences_is(corpus):
     assert np.isnan(found.density[:, found.steps == 0]).all()
 
 
-def test_counts_survive_the_file(tmp_path):
-    rng = np.random.default_rng(0)
-    counts = counted({"a" * 64: [rng.random((LAYERS, 4, LENGTH, NEURONS)) < 0.4]})
-    counts.save(tmp_path / "s")
-    assert_same(ActivationCounts.load(tmp_path / "s"), counts)
-
-
-def test_more_than_ten_layers_keep_their_numbers(tmp_path):
-    counts = ActivationCounts.empty("m", 12, 2, sequence=1, batches=(1,))
-    for layer in range(12):
-        for _ in range(layer):
-            counts.add(layer, np.ones((1, 1, 2), np.bool_))
-    counts.steps += 12
-    counts.save(tmp_path / "s")
-    assert ActivationCounts.load(tmp_path / "s").counts[:, 0, 0].tolist() == list(range(12))
+@settings(deadline=None, max_examples=40)
+@given(corpora())
+def test_repeats_are_the_active_neurons_that_were_active_one_token_before(corpus):
+    repeated, later = np.zeros(LAYERS, np.int64), np.zeros(LAYERS, np.int64)
+    for activity in (group for groups in corpus.values() for group in groups):
+        for position in range(1, LENGTH):
+            now, before = activity[:, :, position], activity[:, :, position - 1]
+            later += now.sum(axis=(1, 2))
+            repeated += np.logical_and(now, before).sum(axis=(1, 2))
+    assert np.array_equal(counted(corpus).repeats, np.stack((repeated, later), axis=1))
 
 
 def test_what_does_not_go_together_is_not_merged():
-    for changes in ({"model": "other"}, {"sequence": 5}, {"counts": np.zeros((1, 3, NEURONS), np.int64)}):
+    for changes in (
+        {"model": "other"},
+        {"sequence": 5},
+        {"activity": "else"},
+        {"counts": np.zeros((1, 3, NEURONS), np.int64)},
+    ):
         with pytest.raises(FormatError, match="another model"):
             empty().merged(empty(**changes))
     with pytest.raises(FormatError, match="another model"):
@@ -108,51 +118,3 @@ def test_what_does_not_go_together_is_not_merged():
 def test_batch_sizes_that_cannot_be_are_refused(batches):
     with pytest.raises(OptionError, match="do not ascend"):
         empty(batches)
-
-
-def metadata(**changes):
-    good = {"format": "pi2 statistics 1", "model": "m", "sequence": "4", "batches": "[1, 2]", "texts": "{}"}
-    return {key: value for key, value in {**good, **changes}.items() if value is not None}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"format": "else"}, "format is 'else'"),
-        ({"texts": None}, "incomplete"),
-        ({"texts": "["}, "not JSON"),
-        ({"texts": '{"a": -1}'}, "impossible number"),
-        ({"sequence": "true"}, "impossible number"),
-        ({"batches": "3"}, "not a list"),
-        ({"batches": "[2, 1]"}, "do not ascend"),
-        ({"batches": "[1, 2, 4]"}, "steps is missing or malformed"),
-        ({"batches": "[" * 100_000}, "incomplete or malformed"),
-    ],
-)
-def test_a_file_with_odd_metadata_is_refused(tmp_path, changes, message):
-    tensors = {"steps": np.zeros(2, np.int64), "layers.0.counts": np.zeros((2, 3), np.int64)}
-    save_file(tensors, tmp_path / "s", metadata(**changes))
-    with pytest.raises(FormatError, match=message) as caught:
-        ActivationCounts.load(tmp_path / "s")
-    assert "--output" in caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"steps": None}, "steps is missing"),
-        ({"layers.0.counts": None}, "a layer is missing"),
-        ({"layers.11.counts": np.zeros((2, 3), np.int64)}, "a layer is missing"),
-        ({"layers.0.counts": np.zeros((2, 3), np.int32)}, "malformed"),
-        ({"layers.0.counts": np.zeros((3, 3), np.int64)}, "malformed"),
-        ({"layers.1.counts": np.zeros((2, 4), np.int64)}, "malformed"),
-        ({"layers.0.counts": np.ones((2, 3), np.int64)}, "more often than it was seen"),
-        ({"layers.0.counts": np.full((2, 3), -1, np.int64)}, "more often than it was seen"),
-    ],
-)
-def test_a_file_with_odd_tensors_is_refused(tmp_path, tensors, message):
-    good = {"steps": np.zeros(2, np.int64), "layers.0.counts": np.zeros((2, 3), np.int64)}
-    kept = {name: value for name, value in {**good, **tensors}.items() if value is not None}
-    save_file(kept, tmp_path / "s", metadata())
-    with pytest.raises(FormatError, match=message):
-        ActivationCounts.load(tmp_path / "s")

@@ -15,6 +15,7 @@ from pi2.container import read_manifest, replace_file
 from pi2.engine import Engine
 from pi2.errors import FormatError, OptionError, StorageError
 from pi2.plugins import Plugins
+from pi2.statistics_file import Statistics
 from pi2.testing import reference
 from pi2.testing.models import ffn_inputs, toy_architecture, write_toy_model
 from pi2.testing.predictor import MODELS, spec_of
@@ -27,7 +28,10 @@ BUILTINS = {"plugins": Plugins.installed(Settings(plugins=frozenset()))}
 def assert_same(a, b):
     assert (a.model, a.sequence, a.batches, a.texts) == (b.model, b.sequence, b.batches, b.texts)
     assert np.array_equal(a.counts, b.counts)
-    assert np.array_equal(a.steps, b.steps)
+    for name in ("steps", "repeats", "factors"):
+        assert np.array_equal(getattr(a, name), getattr(b, name))
+    assert np.array_equal(a.sketch.keys, b.sketch.keys)
+    assert np.array_equal(a.sketch.sets, b.sketch.sets)
 
 
 def model_of(tmp_path, **changes):
@@ -96,9 +100,9 @@ def test_a_collection_that_was_stopped_goes_on_to_the_same_counts(tmp_path, text
             stopped.run(texts, progress=stop)
         assert engine.decoder.observer is None
         assert 0 < stopped.counts.tokens < 23 * 12
-        stopped.counts.save(tmp_path / "s")
+        Statistics(stopped.counts).save(tmp_path / "s")
         resumed = Collector(engine, (1, 2, 4))
-        resumed.resume(tmp_path / "s")
+        resumed.resume(Statistics.load(tmp_path / "s").counts)
         heard = []
         resumed.run(texts, progress=lambda what, done, total: heard.append((done, total)))
         assert heard[0][0] == stopped.counts.tokens + 23
@@ -118,10 +122,17 @@ def test_tokens_bound_what_is_counted(tmp_path, texts):
 
 def test_counts_of_another_model_are_not_gone_on_with(tmp_path, texts):
     counts = collected(model_of(tmp_path), texts, 23)
-    dataclasses.replace(counts, model="another").save(tmp_path / "s")
-    message = re.escape(f"{tmp_path / 's'}: the statistics are of another")
-    with Engine.open(tmp_path / "model", **BUILTINS) as engine, pytest.raises(FormatError, match=message):
-        Collector(engine, (1, 2, 4)).resume(tmp_path / "s")
+    other = dataclasses.replace(counts, model="another")
+    with (
+        Engine.open(tmp_path / "model", **BUILTINS) as engine,
+        pytest.raises(FormatError, match="the statistics are of another model"),
+    ):
+        Collector(engine, (1, 2, 4)).resume(other)
+    Statistics(other).save(tmp_path / "s")
+    message = re.escape(f"{tmp_path / 's'}: the statistics are of another model")
+    with pytest.raises(FormatError, match=message):
+        Statistics.of_file(tmp_path / "s", counts.model)
+    assert Statistics.of_file(tmp_path / "none", counts.model) == Statistics()
 
 
 def test_a_model_without_exact_zeros_has_nothing_to_count(tmp_path):
@@ -185,9 +196,10 @@ def test_a_file_in_a_model_is_replaced_and_listed(tmp_path):
 def test_the_metadata_says_what_was_counted(tmp_path, texts):
     from safetensors import safe_open
 
-    collected(model_of(tmp_path), texts[:1]).save(tmp_path / "s")
+    Statistics(collected(model_of(tmp_path), texts[:1])).save(tmp_path / "s")
     with safe_open(tmp_path / "s", "np") as f:
         found = f.metadata()
-        assert set(f.keys()) == {"steps", "layers.0.counts", "layers.1.counts"}
+        layers = {f"layers.{i}.{what}" for i in (0, 1) for what in ("counts", "sample")}
+        assert set(f.keys()) == {"steps", "repeats", "factors", "keys"} | layers
     assert (found["tokens"], json.loads(found["batches"])) == ("138", [1, 2, 4])
     assert list(json.loads(found["texts"]).values()) == [6]

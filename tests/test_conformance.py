@@ -9,7 +9,9 @@ from pathlib import Path
 
 import gguf_files
 import huggingface_files
+import lowrank_files
 import pytest
+import threshold_files
 from gguf import GGMLQuantizationType as Type
 from pi2.api import Plugin
 from pi2.formats.gguf_source import GgufFormat
@@ -22,7 +24,9 @@ from pi2.testing import (
     PredictorTests,
     StorageTierTests,
 )
+from pi2.testing.models import toy_architecture, write_toy_model
 from pi2.testing.plugin import PluginTests
+from pi2.testing.predictor import MODELS
 
 INSTALLED = Plugins.installed()
 
@@ -55,6 +59,15 @@ class TestStorageTiers(StorageTierTests):
 
 
 class TestPredictors(PredictorTests):
+    @pytest.fixture(scope="class", params=sorted(MODELS))
+    @classmethod
+    def model_path(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """With files for the predictors that need them."""
+        arch = toy_architecture(**MODELS[request.param])
+        path = write_toy_model(tmp_path_factory.mktemp("predictor") / "model", arch)
+        threshold_files.install(path, arch)
+        return lowrank_files.install(path, lowrank_files.random_predictors(path, arch))
+
     @pytest.fixture(scope="class", params=every("predictors"))
     @classmethod
     def implementation(cls, request: pytest.FixtureRequest) -> type[Plugin]:

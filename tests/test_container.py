@@ -122,9 +122,10 @@ def test_any_mixture_of_formats_comes_back(tmp_path_factory, formats, stored, ga
             theirs, dtype = source.tensor(name), getattr(quant, part)
             expected = theirs.data if dtype == stored else encode(theirs.to_f32(), dtype)
             np.testing.assert_array_equal(model.bundles(layer)[:, offset : offset + size], expected)
-        file, place = model.ffn_place(layer)
-        assert place % max(4096, page) == 0
-        raw = file.read_bytes()[place : place + neurons * model.geometry.stride]
+        place = model.ffn_place(layer)
+        assert place.ffn == layer
+        assert place.offset % max(4096, page) == 0
+        raw = place.path.read_bytes()[place.offset : place.offset + neurons * model.geometry.stride]
         assert raw == model.bundles(layer).tobytes()
 
 

@@ -230,6 +230,23 @@ class TestForgetsTheWindow(BackendTests):
             return None
 
 
+class TestDecodesASlabOnce(BackendTests):
+    class plugin(PlainBackend):  # noqa: N801
+        def place_slab(self, slab, neurons, spec):
+            return [super().place_slab(slab, neurons, spec)]
+
+        def slab_ffn(self, slab, neurons, slots, x, out):
+            if len(slab) == 1:
+                slab.append(type(slab[0])(slab[0].bundles.copy(), slab[0].spec))
+            return super().slab_ffn(slab[1], neurons, slots, x, out)
+
+
+class TestTakesNeuronsForSlots(BackendTests):
+    class plugin(PlainBackend):  # noqa: N801
+        def slab_ffn(self, slab, neurons, slots, x, out):
+            return super().slab_ffn(slab, neurons, np.sort(slots), x, out)
+
+
 class TestStartsEveryCallAtPositionZero(BackendTests):
     class plugin(AttendingBackend):  # noqa: N801
         def heads(self, spec, x, name, start):

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi2.api import ModelView
-from pi2.tensor import F32
+from pi2.tensor import F32, DType, Tensor
 
 Active = NDArray[np.bool_]
 """(n, neurons): whether a neuron is active for a token."""
@@ -27,16 +27,38 @@ def gate_values(model: ModelView, ffn: int, x: F32, segment: str | None = None) 
     return values
 
 
+def segment_matrix(model: ModelView, ffn: int, segment: str) -> Tensor:
+    """One segment of all bundles of an FFN ("gate", "up", "down") as a matrix of its own, (neurons, d)."""
+    g = model.geometry
+    offset, size = g.segments()[segment]
+    dtype: DType = getattr(g, segment)
+    return Tensor(np.ascontiguousarray(model.bundles(ffn)[:, offset : offset + size]), dtype, g.d_model)
+
+
+def segment_bias(model: ModelView, ffn: int, segment: str) -> F32:
+    """The bias of a gate or up segment, (neurons,); (1,) of zero in models without."""
+    if not model.geometry.biased:
+        return np.zeros(1, np.float32)
+    bias = model.geometry.unpack_segment(model.bundles(ffn), "bias")
+    return np.ascontiguousarray(bias[:, 0 if segment == "gate" else -1])
+
+
 def active_neurons(model: ModelView, ffn: int, x: F32) -> Active:
     """The neurons whose term in the FFN's sum is not zero for a row of ``x`` (n, d), its input.
 
     By float32 arithmetic in NumPy: a gate within rounding of zero may fall on its other side in a
     backend.  A model whose activation has no exact zeros (SiLU, GELU) has all neurons active.
     """
-    arch = model.architecture
-    if not arch.sparse:
-        return np.ones((len(x), arch.n_neurons), np.bool_)
-    active: Active = gate_values(model, ffn, x) > 0
-    if arch.up_relu:
-        active &= gate_values(model, ffn, x, "up") > 0
-    return active
+    if not model.architecture.sparse:
+        return np.ones((len(x), model.architecture.n_neurons), np.bool_)
+    gate, up = open_factors(model, ffn, x)
+    return gate if up is None else gate & up
+
+
+def open_factors(model: ModelView, ffn: int, x: F32) -> tuple[Active, Active | None]:
+    """Where the gate, and where the up side lets something through: a neuron is active if both do.
+
+    For models with exact zeros.  None stands for an up side that has none (all but dReLU).
+    """
+    gate: Active = gate_values(model, ffn, x) > 0
+    return gate, gate_values(model, ffn, x, "up") > 0 if model.architecture.up_relu else None

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pi2.activation_counts import BATCHES, ActivationCounts
-from pi2.activity import active_neurons
+from pi2.activation_counts import BATCHES, ActivationCounts, Sums
+from pi2.activity import open_factors
+from pi2.activity_sketch import ActivitySketch
 from pi2.container.layout import NEURONS
 from pi2.engine import Engine
-from pi2.errors import FormatError, OptionError
+from pi2.errors import OptionError
 from pi2.kv_cache import KvCache
 from pi2.tensor import F32, U8
 from pi2.text_files import TextFile, opening, read_texts
@@ -60,13 +61,9 @@ class Collector:
             batches=tuple(batches),
         )
 
-    def resume(self, path: Path) -> None:
-        """Go on from the counts in ``path``.  Raises FormatError if they are of another model or setting."""
-        found = ActivationCounts.load(path)
-        try:
-            self.counts = self.counts.merged(found)
-        except FormatError as e:
-            raise FormatError(f"{path}: {e}", hint=e.hint) from None
+    def resume(self, found: ActivationCounts) -> None:
+        """Go on from what was counted.  Raises FormatError if it is of another model or setting."""
+        self.counts = self.counts.merged(found)
 
     def run(
         self,
@@ -111,11 +108,15 @@ class Collector:
         packed: U8 = np.empty(
             (arch.n_layers, end - start, length, -(-arch.n_neurons // 8)), np.uint8
         )  # one bit a neuron
+        factors = np.zeros((arch.n_layers, 3), np.int64)
 
         for i, ids in enumerate(text.sequences[start:end]):
 
             def observe(layer: int, x: F32, i: int = i) -> None:
-                active = active_neurons(self._model, layer, x[len(self._opening) :])
+                gate, up = open_factors(self._model, layer, x[len(self._opening) :])
+                active = gate if up is None else gate & up
+                open_up = gate.size if up is None else int(up.sum())
+                factors[layer] += (int(gate.sum()), open_up, int(active.sum()))
                 packed[layer, i] = np.packbits(active, axis=1)
 
             decoder.observer = observe
@@ -124,14 +125,23 @@ class Collector:
             finally:
                 decoder.observer = None
             on_sequence(i + 1)
-        fresh = ActivationCounts.empty(
-            self.counts.model, arch.n_layers, arch.n_neurons, sequence=length, batches=self.counts.batches
-        )
-        for layer in range(arch.n_layers):
-            active = np.unpackbits(packed[layer], axis=2, count=arch.n_neurons).view(np.bool_)
-            fresh.add(layer, active)
-        fresh.finish_group(text.sha256, end - start)
+        fresh = self._counted(text.sha256, start, packed, factors)
         self.counts = self.counts.merged(fresh, later=True)  # at once, or not at all
+
+    def _counted(self, text: str, start: int, packed: U8, factors: Sums) -> ActivationCounts:
+        """Counts of a group, ``packed`` (layers, sequences, positions, bytes), from sequence ``start`` on."""
+        whole = self.counts
+        layers, neurons = whole.counts.shape[0], whole.counts.shape[2]
+        fresh = ActivationCounts.empty(
+            whole.model, layers, neurons, sequence=whole.sequence, batches=whole.batches
+        )
+        for layer in range(layers):
+            fresh.add(layer, np.unpackbits(packed[layer], axis=2, count=neurons).view(np.bool_))
+        fresh.factors += factors
+        tokens = packed.reshape(layers, -1, packed.shape[3])
+        fresh.sketch = ActivitySketch.of_tokens(text, start * whole.sequence, tokens, neurons)
+        fresh.finish_group(text, packed.shape[1])
+        return fresh
 
     def _with_opening(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.concatenate((np.array(self._opening, np.int64), ids))

@@ -6,15 +6,16 @@ computes only those (PowerInfer-2 §4.1).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pi2.api import Backend, FfnSpec, Predictor
+from pi2.api import Backend, Predictor
 from pi2.attention import AttentionSpec, attend
+from pi2.ffns import Ffns, ResidentFfns
 from pi2.inventory import dense_matrices, dense_vectors
 from pi2.kv_cache import KvCache
 from pi2.norm import Norm
@@ -39,9 +40,18 @@ class FfnCount:
 
 
 class Decoder:
-    """A model placed on a backend: token ids in, logits out."""
+    """A model placed on a backend: token ids in, logits out.
 
-    def __init__(self, model: PiModel, backend: Backend, predictor: Predictor) -> None:
+    ``make_ffns`` is called when everything else is in memory; None keeps the FFNs there, too.
+    """
+
+    def __init__(
+        self,
+        model: PiModel,
+        backend: Backend,
+        predictor: Predictor,
+        make_ffns: Callable[[], Ffns] | None = None,
+    ) -> None:
         arch = model.architecture
         self.arch = arch
         self.ffn_count = FfnCount()
@@ -62,27 +72,33 @@ class Decoder:
         self._vectors = {name: model.vector(name) for name in dense_vectors(arch)}
         weights = [name for name in self._vectors if name.endswith("norm.weight")]
         self._norms = {name.removesuffix(".weight"): self._norm(name) for name in weights}
-        spec = FfnSpec(model.geometry, arch.activation, arch.up_relu)
-        self._ffns = [backend.place_ffn(model.bundles(i), spec) for i in range(arch.n_layers)]
         self._rope = RopeTable(arch.rope) if arch.rope else None
         self._local_rope = RopeTable(arch.local_rope) if arch.local_rope else self._rope
         if self._fused:
             specs = (self._attention_spec(model, layer) for layer in range(arch.n_layers))
             self._attentions = [self._fused.place_attention(spec) for spec in specs]
+        self.ffns = make_ffns() if make_ffns else ResidentFfns(model, backend)
 
     def forward(self, ids: TokenIds, cache: KvCache, *, all_logits: bool = False) -> F32:
         """Append ``ids`` (n,) to ``cache``; logits of the last token (vocab,), or of all (n, vocab)."""
-        n = len(ids)
-        cache.reserve(cache.length + n)
-        x = self._embed(ids, cache.length)  # (n, d)
+        return self.forward_chunks([ids], cache, all_logits=all_logits)
+
+    def forward_chunks(self, chunks: Sequence[TokenIds], cache: KvCache, *, all_logits: bool = False) -> F32:
+        """``forward`` of the chunks one after the other, with the same bits, but layer by layer:
+
+        every FFN computes all chunks before the next one is needed, which is read once for all.
+        """
+        starts = np.cumsum([cache.length, *map(len, chunks)]).tolist()
+        cache.reserve(starts[-1])
+        xs = [self._embed(ids, start) for ids, start in zip(chunks, starts, strict=False)]  # (n, d) each
         for layer in range(self.arch.n_layers):
-            x = self._attention_block(x, layer, cache)
-            x = self._block(x, layer, "ffn", self._ffn(layer))
-        cache.advance(n)
-        if not all_logits:
-            x = x[-1:]
-        logits = self._logits(x)
-        return logits if all_logits else logits[0]
+            xs = [self._attention_block(x, layer, cache, start) for x, start in zip(xs, starts, strict=False)]
+            xs = self._ffn_block(xs, layer)
+        cache.advance(starts[-1] - starts[0])
+        if all_logits:
+            return np.concatenate([self._logits(x) for x in xs])
+        last: F32 = self._logits(xs[-1][-1:])[0]
+        return last
 
     def _embed(self, ids: TokenIds, start: int) -> F32:
         x = _gather(self._tables["embed.weight"], ids)
@@ -92,21 +108,25 @@ class Decoder:
             x += _gather(self._tables["embed.positions"], np.arange(start, start + len(ids)))
         return x
 
-    def _block(self, x: F32, layer: int, name: str, compute: Any) -> F32:
-        """One residual branch, with its norm before it, behind it, or on both sides."""
-        norm = self._norms[f"layers.{layer}.{name}.norm"]
+    def _before(self, x: F32, layer: int, name: str) -> F32:
+        """What a residual branch computes on: ``x`` behind the norm before it, if it has one."""
+        return x if self.arch.norm_place == "post" else self._norms[f"layers.{layer}.{name}.norm"](x)
+
+    def _after(self, x: F32, y: F32, layer: int, name: str) -> F32:
+        """``x`` plus the branch's ``y``, with the norm behind it or around the sum, if it has one."""
         if self.arch.norm_place == "post":
-            return norm(x + compute(x))
-        y: F32 = compute(norm(x))
+            normed: F32 = self._norms[f"layers.{layer}.{name}.norm"](x + y)
+            return normed
         if self.arch.norm_place == "sandwich":
             y = self._norms[f"layers.{layer}.{name}.post_norm"](y)
         return x + y
 
-    def _attention_block(self, x: F32, layer: int, cache: KvCache) -> F32:
+    def _attention_block(self, x: F32, layer: int, cache: KvCache, start: int) -> F32:
         if self._fused is None:
-            return self._block(x, layer, "attn", self._attention(layer, cache))
+            y = self._attention(self._before(x, layer, "attn"), layer, cache, start)
+            return self._after(x, y, layer, "attn")
         out = np.empty_like(x)
-        self._fused.attention(self._attentions[layer], x, *cache.layer(layer), cache.length, out)
+        self._fused.attention(self._attentions[layer], x, *cache.layer(layer), start, out)
         return out
 
     def _attention_spec(self, model: PiModel, layer: int) -> AttentionSpec:
@@ -131,40 +151,45 @@ class Decoder:
             softcap=arch.attn_softcap,
         )
 
-    def _attention(self, layer: int, cache: KvCache) -> Any:
+    def _attention(self, x: F32, layer: int, cache: KvCache, start: int) -> F32:
+        """Attention of tokens at ``start`` ..., x (n, d) -> (n, d), through the backend's ``linear``."""
         arch, at = self.arch, f"layers.{layer}.attn"
         windowed = arch.has_window(layer)
         rope = self._local_rope if windowed else self._rope
 
-        def heads(x: F32, name: str, count: int) -> F32:
+        def heads(name: str, count: int) -> F32:
             y = self._linear(x, f"{at}.{name}").reshape(len(x), count, arch.head_dim)
             if arch.qk_norm and name != "v":
                 y = self._norms[f"{at}.{name}_norm"](y)
             y = y.swapaxes(0, 1)  # (count, n, head_dim)
-            return rope.rotate(y, cache.length) if rope and name != "v" else y
+            return rope.rotate(y, start) if rope and name != "v" else y
 
-        def compute(x: F32) -> F32:
-            q = heads(x, "q", arch.n_heads)
-            k, v = heads(x, "k", arch.n_kv_heads), heads(x, "v", arch.n_kv_heads)
-            keys, values = cache.append(layer, k, v)
-            window = arch.window if windowed else None
-            y = attend(q, keys, values, scale=arch.attn_scale, window=window, softcap=arch.attn_softcap)
-            return self._linear(y, f"{at}.o")
+        q = heads("q", arch.n_heads)
+        keys, values = cache.append(layer, heads("k", arch.n_kv_heads), heads("v", arch.n_kv_heads), start)
+        window = arch.window if windowed else None
+        y = attend(q, keys, values, scale=arch.attn_scale, window=window, softcap=arch.attn_softcap)
+        return self._linear(y, f"{at}.o")
 
-        return compute
-
-    def _ffn(self, layer: int) -> Any:
-        def compute(x: F32) -> F32:
+    def _ffn_block(self, xs: list[F32], layer: int) -> list[F32]:
+        """The FFN of all chunks: those of one token sparse, the others dense and together."""
+        inputs = [np.ascontiguousarray(self._before(x, layer, "ffn")) for x in xs]
+        outs = [np.empty_like(x) for x in inputs]
+        many = []
+        for x, out in zip(inputs, outs, strict=True):
             if self.observer is not None:
                 self.observer(layer, x)
-            rows = self.predictor.predict(layer, x) if len(x) == 1 else None
-            out = np.empty_like(x)
-            self.ffn_count.active += self._backend.ffn(self._ffns[layer], x, out, rows)
             self.ffn_count.total += len(x) * self.arch.n_neurons
-            bias = self._vectors.get(f"layers.{layer}.ffn.down.bias")
-            return out if bias is None else out + bias
-
-        return compute
+            if len(x) > 1:
+                many.append((x, out))
+        if many:
+            self.ffn_count.active += self.ffns.dense(layer, many)
+        for x, out in zip(inputs, outs, strict=True):
+            if len(x) == 1:
+                rows = self.predictor.predict(layer, x)
+                self.ffn_count.active += self.ffns.sparse(layer, x, rows, out)
+        bias = self._vectors.get(f"layers.{layer}.ffn.down.bias")
+        ys = outs if bias is None else [out + bias for out in outs]
+        return [self._after(x, y, layer, "ffn") for x, y in zip(xs, ys, strict=True)]
 
     def _linear(self, x: F32, name: str) -> F32:
         """(n, cols) -> (n, rows) through the weight and bias called ``name``."""

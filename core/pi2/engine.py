@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from pi2.api import Backend, Predictor, StorageTier
+from pi2.api import Backend, CachePolicy, Plugin, Predictor, StorageTier
+from pi2.budget import DEFAULT_CONTEXT, GROUP
+from pi2.builtin.lru_policy import LruPolicy
 from pi2.chat_template import render
 from pi2.config import Settings
 from pi2.container.reader import PiModel, open_model
 from pi2.decoder import Decoder
 from pi2.errors import FormatError, OptionError
 from pi2.model_choice import find_model
-from pi2.plugins import Plugins
+from pi2.offload import OffloadedFfns, OffloadOptions
+from pi2.offload_setup import Offload, attach, open_ffns
+from pi2.plugins import Plugins, probe
+from pi2.powers import SupportsAsyncRead
 from pi2.sampling import Sampling
 from pi2.session import PREFILL_CHUNK, Generation, Session
 from pi2.tensor import F32
@@ -35,6 +41,17 @@ def parse_choice(text: str | None) -> tuple[str | None, dict[str, str]]:
     return name or None, options
 
 
+def best_reader(plugins: Plugins) -> str:
+    """The best storage tier for weights that stay on flash: one that reads while something is computed.
+
+    Where there is none, whatever tier is best.
+    """
+    tiers = plugins.of("storage_tiers")
+    able = {name: probe(tier).score for name, tier in tiers.items() if issubclass(tier, SupportsAsyncRead)}
+    best = max(able, key=lambda name: able[name], default=None)
+    return best if best is not None and able[best] > 0 else str(plugins.pick("storage_tiers").name)
+
+
 class Engine:
     """An opened model.  Use as a context manager, or call ``close``."""
 
@@ -46,6 +63,8 @@ class Engine:
         predictor: Predictor,
         *,
         context: int | None = None,
+        offload: OffloadOptions | None = None,
+        policy: CachePolicy | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = TextTokenizer(model.tokenizer_json)
@@ -54,13 +73,40 @@ class Engine:
                 f"the tokenizer knows {self.tokenizer.vocab_size} tokens,"
                 f" the model only {model.architecture.vocab_size}"
             )
-        predictor.attach(model, backend)
-        self._parts = {"backend": backend, "storage": storage, "predictor": predictor}
+        self.backend = backend
+        self._parts: dict[str, Plugin] = {"backend": backend, "storage": storage, "predictor": predictor}
         self._lossless = predictor.lossless
         self.context = context
         """Tokens of the KV cache at most; None: the model's maximum."""
-        self.decoder = Decoder(model, backend, predictor)
+        self.offloaded: OffloadedFfns | None = None
+        """The FFNs on flash, if a budget was set."""
         self._resources = ExitStack()
+        if offload is None:
+            predictor.attach(model, backend)
+            self.decoder = Decoder(model, backend, predictor)
+        else:
+            self.decoder = self._open_offloaded(backend, storage, predictor, offload, policy)
+
+    def _open_offloaded(
+        self,
+        backend: Backend,
+        storage: StorageTier,
+        predictor: Predictor,
+        options: OffloadOptions,
+        policy: CachePolicy | None,
+    ) -> Decoder:
+        most = self.model.architecture.max_context
+        self.context = min(self.context or DEFAULT_CONTEXT, most)
+        self._parts["policy"] = policy = policy or LruPolicy()
+        setup = Offload(options, policy, self.context, min(PREFILL_CHUNK, self.context))
+
+        def make_ffns() -> OffloadedFfns:
+            self.offloaded = open_ffns(self.model, backend, storage, predictor, setup)
+            self._resources.callback(self.offloaded.close)
+            return self.offloaded
+
+        attach(self.model, backend, predictor, setup)
+        return Decoder(self.model, backend, predictor, make_ffns)
 
     @classmethod
     def open(
@@ -73,11 +119,13 @@ class Engine:
         context: int | None = None,
         verify: bool | None = None,
         plugins: Plugins | None = None,
+        offload: OffloadOptions | None = None,
     ) -> Self:
         """Open ``model`` (a directory, an installed model's name, or None for the only installed one).
 
         Parts are named as ``name:key=value,...``; None picks the best that can run here.  ``context`` caps
-        the KV cache, in tokens.  Raises Pi2Error with a hint.
+        the KV cache, in tokens.  ``offload`` leaves the FFN weights on flash, under a budget of memory.
+        Raises Pi2Error with a hint.
         """
         plugins = plugins or Plugins.installed(Settings.from_environment())
         path = find_model(None if model is None else str(model), plugins)
@@ -89,11 +137,15 @@ class Engine:
                 stack.callback(opened.close)
                 return opened
 
+            if offload is not None and storage is None:
+                storage = best_reader(plugins)
             tier = part("storage_tiers", storage)
             parts = (part("backends", backend), tier, part("predictors", predictor))
-            opened = open_model(path, tier, verify=verify)
+            policy = None if offload is None else part("cache_policies", offload.policy)
+            opened = open_model(path, tier, verify=verify, views=offload is None)
             stack.callback(opened.close)
-            engine = cls(opened, *parts, context=context)
+            engine = cls(opened, *parts, context=context, offload=offload, policy=policy)
+            stack.enter_context(engine._resources)  # closed before what it stands on
             engine._resources = stack.pop_all()
             return engine
 
@@ -131,15 +183,24 @@ class Engine:
 
     def session(self) -> Session:
         """A conversation that keeps its KV cache from call to call."""
-        return Session(self.decoder, self.tokenizer, self.context)
+        if self.offloaded is None:
+            return Session(self.decoder, self.tokenizer, self.context)
+        session = Session(self.decoder, self.tokenizer, self.context, group=GROUP)
+        session.cache.reserve(session.cache.limit)  # what grows would for a moment be there twice
+        return session
 
     def logits(self, ids: Sequence[int]) -> F32:
         """Logits after every token of ``ids``, (n, vocab), for evaluation."""
         return self.session().logits(ids)
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of how the model runs: slower than could be, smaller than wise."""
+        return [] if self.offloaded is None else list(self.offloaded.notes)
+
     def setup(self) -> dict[str, Any]:
         """What runs: names of the parts, whether the output is that of the dense model, the configuration."""
-        names = {kind: part.name for kind, part in self._parts.items()}
+        names: dict[str, Any] = {kind: part.name for kind, part in self._parts.items()}
         config = {
             "model": str(self.model.path),
             "family": self.model.architecture.family,
@@ -148,4 +209,10 @@ class Engine:
             "parts": {kind: part.describe() for kind, part in self._parts.items()},
             "checksums_verified": self.model.verified,
         }
+        if self.offloaded is not None and self.offloaded.regions is not None:
+            regions = self.offloaded.regions
+            names["budget_bytes"] = regions.budget
+            config["regions"] = regions.to_json()
+            config["offload"] = dataclasses.asdict(self.offloaded.options)
+            config["notes"] = self.notes
         return {**names, "lossless": self._lossless, "config": config}

@@ -11,6 +11,11 @@ from pi2.tensor import F32
 _FIRST = 256  # tokens of room to begin with; then it doubles
 
 
+def kv_bytes(arch: Architecture, tokens: int) -> int:
+    """Memory that keys and values of so many tokens take."""
+    return arch.n_layers * 2 * arch.n_kv_heads * tokens * arch.head_dim * 4
+
+
 class KvCache:
     """Grows with the context, up to ``limit`` tokens.  Belongs to the fixed region of memory."""
 
@@ -45,15 +50,16 @@ class KvCache:
         """All room for keys and values of a layer, (kv_heads, room, head_dim) each, C-contiguous."""
         return self._store[layer, 0], self._store[layer, 1]
 
-    def append(self, layer: int, keys: F32, values: F32) -> tuple[F32, F32]:
-        """Write (kv_heads, n, head_dim) behind ``length``; return all keys and values of the layer.
+    def append(self, layer: int, keys: F32, values: F32, start: int | None = None) -> tuple[F32, F32]:
+        """Write (kv_heads, n, head_dim) from position ``start`` on; return the layer's until their end.
 
-        ``length`` itself moves once a token's last layer is done: ``advance``.
+        ``start`` None: behind ``length``, which itself moves once a token's last layer is done: ``advance``.
         """
-        end = self.length + keys.shape[1]
+        start = self.length if start is None else start
+        end = start + keys.shape[1]
         all_keys, all_values = self.layer(layer)
-        all_keys[:, self.length : end] = keys
-        all_values[:, self.length : end] = values
+        all_keys[:, start:end] = keys
+        all_values[:, start:end] = values
         return all_keys[:, :end], all_values[:, :end]
 
     def advance(self, n: int) -> None:

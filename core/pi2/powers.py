@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from pi2.api import FfnSpec, Ranges
+from pi2.api import Backend, FfnSpec, ModelView, Ranges
 from pi2.attention import AttentionSpec
 from pi2.tensor import F32, U8, Ids
 
@@ -134,6 +134,22 @@ class SupportsStreaming(SupportsSlab, Protocol):
 
     def close_stream(self, stream: Any) -> None:
         """Wait for all reads and free the stream.  The slab is the caller's again."""
+        ...
+
+
+@runtime_checkable
+class SupportsOffload(Protocol):
+    """Optional power of a predictor that answers None while all weights are resident.
+
+    Offloaded, None means that a whole FFN is read for every token: it had better know more then.
+    """
+
+    def offloaded_bytes(self, model: ModelView) -> int:
+        """Memory that ``attach_offloaded`` will take, for the budget."""
+        ...
+
+    def attach_offloaded(self, model: ModelView, backend: Backend) -> None:
+        """``Predictor.attach`` for a model whose bundles stay on flash."""
         ...
 
 

@@ -28,12 +28,18 @@ class Piece:
 
 
 class Session:
-    """Tokens seen so far and their KV cache."""
+    """Tokens seen so far and their KV cache.
 
-    def __init__(self, decoder: Decoder, tokenizer: TextTokenizer, context: int | None = None) -> None:
+    ``group``: chunks of a prompt that go through the layers together.
+    """
+
+    def __init__(
+        self, decoder: Decoder, tokenizer: TextTokenizer, context: int | None = None, group: int = 1
+    ) -> None:
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.cache = KvCache(decoder.arch, context)
+        self._group = group
         self.seen: list[int] = []
         """The tokens in the KV cache."""
 
@@ -54,16 +60,22 @@ class Session:
 
     def forward(self, ids: Sequence[int]) -> F32:
         """Feed ``ids`` (n >= 1) in chunks; logits after the last, (vocab,)."""
-        return [self._feed(chunk) for chunk in _chunks(ids)][-1]
+        return [self._feed(group) for group in self._groups(ids)][-1]
 
     def logits(self, ids: Sequence[int]) -> F32:
         """Feed ``ids`` (n >= 1) in chunks; logits after each, (n, vocab)."""
-        return np.concatenate([self._feed(chunk, all_logits=True) for chunk in _chunks(ids)])
+        return np.concatenate([self._feed(group, all_logits=True) for group in self._groups(ids)])
 
-    def _feed(self, chunk: Sequence[int], *, all_logits: bool = False) -> F32:
-        logits = self.decoder.forward(np.asarray(chunk, np.int64), self.cache, all_logits=all_logits)
-        self.seen.extend(chunk)
+    def _feed(self, chunks: Sequence[Sequence[int]], *, all_logits: bool = False) -> F32:
+        arrays = [np.asarray(chunk, np.int64) for chunk in chunks]
+        logits = self.decoder.forward_chunks(arrays, self.cache, all_logits=all_logits)
+        for chunk in chunks:
+            self.seen.extend(chunk)
         return logits
+
+    def _groups(self, ids: Sequence[int]) -> list[list[Sequence[int]]]:
+        chunks = [ids[i : i + PREFILL_CHUNK] for i in range(0, len(ids), PREFILL_CHUNK)]
+        return [chunks[i : i + self._group] for i in range(0, len(chunks), self._group)]
 
 
 class Generation:
@@ -124,8 +136,10 @@ class Generation:
     def _prefill(self) -> F32:
         session, stats = self._session, self.stats
         shared = session.keep_common_prefix(self._prompt)
+        session.decoder.ffns.take_count()  # whatever was counted for others
         start = time.perf_counter()
         logits = session.forward(self._prompt[shared:])
+        stats.add_read(session.decoder.ffns.take_count(), decoding=False)
         stats.prefill_s = time.perf_counter() - start
         stats.prefilled_tokens = len(self._prompt) - shared
         return logits
@@ -134,6 +148,7 @@ class Generation:
         count = self._session.decoder.ffn_count
         before = FfnCount(count.active, count.total)
         logits = self._session.forward([token])
+        self.stats.add_read(self._session.decoder.ffns.take_count(), decoding=True)
         self.stats.decode_ffn.active += count.active - before.active
         self.stats.decode_ffn.total += count.total - before.total
         return logits
@@ -155,7 +170,3 @@ class _Output:
     def _feed(self, text: str) -> str:
         text, self.stopped = self._stops.feed(text)
         return text
-
-
-def _chunks(ids: Sequence[int]) -> list[Sequence[int]]:
-    return [ids[i : i + PREFILL_CHUNK] for i in range(0, len(ids), PREFILL_CHUNK)]

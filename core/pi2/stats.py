@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import platform
-import resource
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,8 @@ import numpy as np
 
 import pi2
 from pi2.decoder import FfnCount
+from pi2.memory import rss_peak_bytes
+from pi2.offload import OffloadCount
 
 
 @dataclass(slots=True)
@@ -29,6 +30,8 @@ class RunStats:
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     decode_ffn: FfnCount = field(default_factory=FfnCount)
+    reads: list[OffloadCount] = field(default_factory=list)
+    """With weights on flash: what prefill and every decoded token read and waited for, in this order."""
     stop_reason: str | None = None
     """"eos", "stop" (a stop string), "length" (max_tokens), "context" (no room left)."""
 
@@ -45,6 +48,11 @@ class RunStats:
     def density(self) -> float | None:
         """Share of (token, neuron) pairs of decoding whose activation was not zero."""
         return self.decode_ffn.active / self.decode_ffn.total if self.decode_ffn.total else None
+
+    def add_read(self, count: OffloadCount | None, *, decoding: bool) -> None:
+        """Enter what a prefill, the first, or a token read; None: nothing is on flash."""
+        if count is not None and decoding == bool(self.reads):
+            self.reads.append(count)
 
     def latency(self) -> dict[str, float] | None:
         """Mean and percentiles of ``token_times_s``."""
@@ -70,22 +78,56 @@ class RunStats:
             "rss_peak_bytes": rss_peak_bytes(),
             "budget_bytes": None,
             "policy": None,  # no neuron cache: all weights are resident
+            "offload": None,
             "density": self.density,
             "hit_rate": None,
             "bytes_read": None,
             "io_wait_share": None,
             "predicted_tps": None,
             **setup,
+            **offload_figures(self.reads, sum(self.token_times_s)),
             "versions": versions(),
         }
-
-
-def rss_peak_bytes() -> int:
-    """Largest resident set of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def versions() -> dict[str, str]:
     """What ran: interpreter, pi2, NumPy."""
     return {"pi2": pi2.__version__, "python": platform.python_version(), "numpy": np.__version__}
+
+
+def offload_figures(reads: Sequence[OffloadCount], seconds: float) -> dict[str, Any]:
+    """What ``to_json`` says of weights on flash; nothing for a resident model.
+
+    ``reads``: of prefill, and of every decoded token, which took ``seconds`` together.
+    """
+    if not reads:
+        return {}
+    tokens = reads[1:]
+    missed = [1 - count.present / count.wanted for count in tokens if count.wanted]
+    waited = sum(count.stream.wait_s for count in tokens)
+    guessed, useful = sum(c.guessed for c in tokens), sum(c.useful for c in tokens)
+    wanted, present = sum(c.wanted for c in tokens), sum(c.present for c in tokens)
+    mean, p99 = (float(np.mean(missed)), float(np.percentile(missed, 99))) if missed else (None, None)
+    return {
+        "hit_rate": present / wanted if wanted else None,
+        "bytes_read": sum(count.bytes_read for count in reads),
+        "io_wait_share": waited / seconds if seconds else None,
+        "offload": {
+            "miss_rate": {"mean": mean, "p99": p99},
+            "candidates_per_token": wanted / len(tokens) if tokens else None,
+            "bytes_read": {
+                "prefill": reads[0].bytes_read,
+                "decode": sum(count.bytes_read for count in tokens),
+                "prefetch": sum(count.prefetched_bytes for count in tokens),
+            },
+            "reads": sum(count.stream.reads for count in tokens),
+            "prefetch": {"guessed": guessed, "useful_share": useful / guessed if guessed else None},
+            "prefill_io_wait_s": reads[0].stream.wait_s,
+            "decode_s": {
+                "ffn": sum(count.stream.wall_s for count in tokens),
+                "io_wait": waited,
+                "gate": sum(count.stream.gate_s for count in tokens),
+                "up_down": sum(count.stream.up_down_s for count in tokens),
+            },
+        },
+    }

@@ -11,6 +11,7 @@ from pi2.activation_counts import ActivationCounts
 from pi2.cli import collect as collect_command
 from pi2.container import read_manifest
 from pi2.errors import Pi2Error
+from pi2.statistics_file import Statistics
 from pi2.testing.models import toy_architecture, write_toy_model
 
 FILE = "statistics.safetensors"
@@ -57,7 +58,7 @@ def test_collect_json_is_one_object(model, text, tmp_path):
     assert found["density"][0][-1] is None  # eight sequences are no batch of 16
     assert 0 < found["density"][0][0] < found["density"][0][1] < 1
     assert not (model / FILE).exists()
-    assert ActivationCounts.load(tmp_path / "s").tokens == 1024
+    assert Statistics.load(tmp_path / "s").counts.tokens == 1024
 
 
 def test_ctrl_c_keeps_what_was_counted(model, text, monkeypatch):
@@ -82,9 +83,11 @@ def test_ctrl_c_keeps_what_was_counted(model, text, monkeypatch):
 def test_collect_saves_now_and_then(model, text, monkeypatch):
     monkeypatch.setattr(collect_command, "_SAVE_EVERY", -1.0)
     saved = []
-    save = collect_command._save
+    save = collect_command.Target.save
     monkeypatch.setattr(
-        collect_command, "_save", lambda counts, *a, **k: (saved.append(counts.tokens), save(counts, *a, **k))
+        collect_command.Target,
+        "save",
+        lambda self, **parts: (saved.append(parts["counts"].tokens), save(self, **parts)),
     )
     assert pi2("collect", model, text, "--batch", "2").exit_code == 0
     assert saved == [256, 512, 768, 1024]
@@ -98,15 +101,13 @@ def test_collect_says_what_is_wrong(model, text, tmp_path):
     assert_error(pi2("collect", model, text, "--output", tmp_path / "no" / "s"), "cannot be written")
     (model / FILE).write_bytes(b"junk")
     assert_error(pi2("collect", model, text), "cannot be a safetensors file")
-    silu = write_toy_model(tmp_path / "silu", toy_architecture(activation="silu"))
-    assert_error(pi2("collect", silu, text), "no exact zeros", "ReLU")
     assert pi2("collect", model).exit_code == 2
 
 
 def test_a_failed_write_is_an_error_with_its_path(tmp_path):
-    counts = ActivationCounts.empty("m", 1, 1, sequence=1)
+    target = collect_command.Target(tmp_path / "gone" / "s", Statistics(), listed=False)
     with pytest.raises(Pi2Error, match="No such file or directory"):
-        collect_command._save(counts, tmp_path / "gone" / "s", listed=False)
+        target.save(counts=ActivationCounts.empty("m", 1, 1, sequence=1))
 
 
 def test_eval_prints_a_table_and_a_verdict(toy, text):
@@ -146,3 +147,54 @@ def test_eval_says_what_is_wrong(toy, text, tmp_path):
     assert_error(pi2("eval", toy, text, "--predictor", "lookahed"), "no 'lookahed'", "'lookahead'")
     assert_error(pi2("eval", toy, tmp_path / "none"), "No such file", "check the path")
     assert pi2("eval", toy, text, "--against", "sparse").exit_code == 2
+
+
+@pytest.fixture(scope="module")
+def silu(tmp_path_factory):
+    arch = toy_architecture(activation="silu", max_context=48)
+    return write_toy_model(tmp_path_factory.mktemp("silu") / "silu.pi2", arch)
+
+
+def test_collect_calibrates_thresholds_of_a_model_without_zeros(silu, text):
+    result = pi2("collect", silu, text, "--tokens", 141)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["density", "perplexity,", "rule", "product", "perplexity,", "rule", "gate"]
+    assert [line.split()[0] for line in lines[1:4]] == ["90%", "80%", "70%"]
+    assert lines[-1].startswith("rule gate loses 1 % at a density of ")
+    assert "judged on 94 tokens" in result.stderr
+    found = json.loads(pi2("collect", silu, text, "--tokens", 141, "--json").stdout)
+    assert (set(found), found["tokens"]) == ({"path", "tokens", "texts", "thresholds"}, 94)
+    assert found["thresholds"]["product"][0]["density"] == 0.9
+    ran = pi2("run", "--model", silu, "--raw", "Hi", "--max-tokens", 2, "--predictor", "threshold", "--json")
+    assert (json.loads(ran.stdout)["predictor"], json.loads(ran.stdout)["lossless"]) == ("threshold", False)
+
+
+def test_counts_and_thresholds_of_a_model_keep_each_other(model, text):
+    for options in (("--tokens", 256), ("--thresholds", "--tokens", 768), ("--tokens", 512)):
+        assert pi2("collect", model, text, *options).exit_code == 0
+    with_both = pi2("collect", model, text, "--tokens", 512, "--force", "--json")
+    assert json.loads(with_both.stdout)["tokens"] == 512
+    assert pi2("report", model).exit_code == 0
+    asked = pi2("eval", model, text, "--predictor", "threshold", "--tokens", 32, "--sequence", 32)
+    assert asked.exit_code == 0
+    assert "threshold by product" in asked.stdout
+
+
+def test_ctrl_c_keeps_what_was_judged(silu, text, tmp_path, monkeypatch):
+    from pi2.calibrate import Calibration
+
+    perplexity = Calibration._perplexity
+
+    def stop(self, what, visit):
+        if what.endswith("80%"):
+            raise KeyboardInterrupt
+        return perplexity(self, what, visit)
+
+    monkeypatch.setattr(Calibration, "_perplexity", stop)
+    options = ("--tokens", 141, "--output", tmp_path / "s")
+    result = pi2("collect", silu, text, *options)
+    assert result.exit_code == 130
+    assert "stopped: what was judged is kept; the same command goes on" in result.stderr
+    assert Statistics.load(tmp_path / "s").thresholds.curves["product"].judged == 1
+    assert_error(pi2("report", tmp_path / "s"), "has no activation counts", "pi2 collect MODEL TEXT")

@@ -18,6 +18,7 @@ DESIGNED_KEYS = {
     *("text", "tokens", "prompt_tokens", "ttft_s", "prefill_tps", "decode_tps", "token_latency_s"),
     *("rss_peak_bytes", "budget_bytes", "density", "hit_rate", "bytes_read", "io_wait_share", "backend"),
     *("storage", "predictor", "policy", "lossless", "predicted_tps", "config", "versions", "stop_reason"),
+    "offload",
 }
 
 

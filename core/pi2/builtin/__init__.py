@@ -26,16 +26,22 @@ def pi2_storage_tiers() -> list[type[StorageTier]]:
 def pi2_predictors() -> list[type[Predictor]]:
     from pi2.builtin.exact_predictor import ExactPredictor
     from pi2.builtin.lookahead_predictor import LookaheadPredictor
+    from pi2.builtin.lowrank_predictor import LowRankPredictor
     from pi2.builtin.oracle_predictor import OraclePredictor
+    from pi2.builtin.threshold_predictor import ThresholdPredictor
 
-    return [ExactPredictor, LookaheadPredictor, OraclePredictor]
+    return [ExactPredictor, LookaheadPredictor, LowRankPredictor, OraclePredictor, ThresholdPredictor]
 
 
 @hookimpl
 def pi2_cache_policies() -> list[type[CachePolicy]]:
+    from pi2.builtin.clock_policy import ClockPolicy
+    from pi2.builtin.lfu_policy import LfuPolicy
     from pi2.builtin.lru_policy import LruPolicy
+    from pi2.builtin.quota_policy import QuotaPolicy
+    from pi2.builtin.s3fifo_policy import S3FifoPolicy
 
-    return [LruPolicy]
+    return [ClockPolicy, LfuPolicy, LruPolicy, QuotaPolicy, S3FifoPolicy]
 
 
 @hookimpl

@@ -8,18 +8,18 @@ import numpy as np
 
 from pi2.api import Backend, ModelView, Predictor, Probe
 from pi2.errors import OptionError
-from pi2.tensor import F32, Ids, Tensor
-
-_TINY = 1e-6  # a norm weight below it has erased its element: nothing to restore
+from pi2.gates import gate_bias, gate_matrix
+from pi2.residual import FfnInputs
+from pi2.tensor import F32, Ids
 
 
 class LookaheadPredictor(Predictor):
-    """Takes the input of FFN l for that of FFN l + 1, since a layer changes the residual stream little.
+    """Asks the gates of FFN l + 1 with the input of FFN l (``FfnInputs``).
 
-    Lossy: what attention and FFN add in between is not seen.  The norm's weights are exchanged for
-    those of the next layer.  Neurons are named whose gate lies above ``-margin`` standard deviations of
-    all gates of the FFN: more margin, more recall, less to skip.  The first FFN is never guessed.  Calls
-    come layer after layer, as in decoding; an FFN without a call for the one before it gets all neurons.
+    Lossy: what attention and FFN add in between is not seen.  Neurons are named whose gate lies above
+    ``-margin`` standard deviations of all gates of the FFN: more margin, more recall, less to skip.  The
+    first FFN is never guessed.  Calls come layer after layer, as in decoding; an FFN without a call for
+    the one before it gets all neurons.
     """
 
     name = "lookahead"
@@ -44,9 +44,9 @@ class LookaheadPredictor(Predictor):
         self._ahead: dict[int, Ids] = {}  # FFN -> guess, made when the one before it was asked
         if not arch.sparse:
             return
-        self._gates = {ffn: backend.place(_gate(model, ffn)) for ffn in range(1, arch.n_layers)}
-        self._gate_biases = {ffn: _gate_bias(model, ffn) for ffn in self._gates}
-        self._norms = [_norm(model, layer) for layer in range(arch.n_layers)]
+        self._gates = {ffn: backend.place(gate_matrix(model, ffn)) for ffn in range(1, arch.n_layers)}
+        self._gate_biases = {ffn: gate_bias(model, ffn) for ffn in self._gates}
+        self._inputs = FfnInputs(model)
 
     def predict(self, ffn: int, x: F32) -> Ids | None:
         if not self._arch.sparse:
@@ -62,34 +62,9 @@ class LookaheadPredictor(Predictor):
 
     def _guess(self, ffn: int, x: F32) -> Ids:
         """Neurons of FFN ``ffn + 1`` from the input (n, d) of FFN ``ffn``."""
-        (weight, bias), (next_weight, next_bias) = self._norms[ffn], self._norms[ffn + 1]
-        scale = np.divide(next_weight, weight, out=np.zeros_like(weight), where=np.abs(weight) > _TINY)
-        carried = (x - bias) * scale + next_bias
         values = np.empty((len(x), self._arch.n_neurons), np.float32)
-        self._backend.linear(self._gates[ffn + 1], np.ascontiguousarray(carried), values)
+        self._backend.linear(self._gates[ffn + 1], self._inputs.carry(ffn, x), values)
         values += self._gate_biases[ffn + 1]
         cut = -self._margin * values.std(axis=1, keepdims=True)
         likely = ~(values <= cut)  # what is not a number is named
         return np.flatnonzero(likely.any(axis=0)).astype(np.int32)
-
-
-def _gate(model: ModelView, ffn: int) -> Tensor:
-    """The gate of an FFN, or what stands for it where there is none, as a matrix of its own."""
-    g = model.geometry
-    name, dtype = ("up", g.up) if g.gate is None else ("gate", g.gate)
-    offset, size = g.segments()[name]
-    return Tensor(np.ascontiguousarray(model.bundles(ffn)[:, offset : offset + size]), dtype, g.d_model)
-
-
-def _gate_bias(model: ModelView, ffn: int) -> F32:
-    if not model.geometry.biased:
-        return np.zeros(1, np.float32)
-    return model.geometry.unpack_segment(model.bundles(ffn), "bias")[:, 0]  # the gate's, or the only one
-
-
-def _norm(model: ModelView, layer: int) -> tuple[F32, F32]:
-    """Weight and bias of the norm that makes an FFN's input."""
-    arch = model.architecture
-    name = f"layers.{layer}.{'attn' if arch.norm_place == 'post' else 'ffn'}.norm"
-    weight = model.vector(f"{name}.weight")
-    return weight, model.vector(f"{name}.bias") if arch.norm_bias else np.zeros_like(weight)

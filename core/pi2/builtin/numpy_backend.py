@@ -18,6 +18,12 @@ class _PlacedFfn:
     spec: FfnSpec
 
 
+@dataclass(frozen=True, slots=True)
+class _PlacedSlab:
+    bundles: U8
+    spec: FfnSpec
+
+
 class NumpyBackend(Backend):
     """Slow and right.  Keeps everything as float32: 4 bytes a weight, whatever the file holds."""
 
@@ -49,6 +55,13 @@ class NumpyBackend(Backend):
         h = hidden(ffn.spec, gate, _add(x @ n.up.T, n.up_bias))
         np.matmul(h, n.down, out=out)
         return int(np.count_nonzero(h))
+
+    def place_slab(self, slab: U8, neurons: int, spec: FfnSpec) -> _PlacedSlab:
+        return _PlacedSlab(slab, spec)
+
+    def slab_ffn(self, slab: _PlacedSlab, neurons: Ids, slots: Ids, x: F32, out: F32) -> int:
+        """Decodes the slots that are asked for, each time anew."""
+        return self.ffn(self.place_ffn(slab.bundles[slots], slab.spec), x, out)
 
 
 def _one_token(ffn: _PlacedFfn, x: F32, out: F32, rows: Ids | None) -> int:

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 import pi2
-from pi2.cli import chat, collect, convert, doctor, eval, inspect, plugins, run  # noqa: A004  the command's name
+from pi2.cli import chat, collect, convert, doctor, eval, inspect, place, plugins, report, run  # noqa: A004  the command's name
 from pi2.cli.output import print_error
 from pi2.errors import Pi2Error
 
@@ -53,7 +53,7 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (run, chat, convert, inspect, collect, eval, plugins, doctor):
+for _module in (run, chat, convert, inspect, collect, report, place, eval, plugins, doctor):
     app.command(name=_module.__name__.rpartition(".")[2])(_module.command)
 
 

@@ -37,6 +37,10 @@ def command(
     greedy: o.Greedy = False,
     system: o.System = None,
     context: o.Context = None,
+    memory: o.Memory = None,
+    policy: o.Policy = None,
+    hot: o.Hot = None,
+    offload: o.OffloadDetails = None,
 ) -> None:
     """Hold a conversation, one line a turn.
 
@@ -53,8 +57,9 @@ def command(
         seed=seed,
         max_tokens=max_tokens,
     )
+    placement = o.parse_offload(memory, policy, hot, offload)
     with o.open_engine(
-        model, backend=backend, storage=storage, predictor=predictor, context=context
+        model, backend=backend, storage=storage, predictor=predictor, context=context, offload=placement
     ) as engine:
         Chat(engine, sampling, system).loop()
 

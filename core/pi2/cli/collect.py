@@ -1,9 +1,10 @@
-"""``pi2 collect``: which neurons are active, counted on text."""
+"""``pi2 collect``: which neurons are active, counted on text; or which matter, for lack of zeros."""
 
 from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,21 +18,27 @@ from pi2.errors import OptionError, StorageError
 if TYPE_CHECKING:
     from pi2.activation_counts import ActivationCounts
     from pi2.collect import Collector
+    from pi2.engine import Engine
+    from pi2.statistics_file import Statistics
 
-STATISTICS = "statistics.safetensors"
 _SAVE_EVERY = 30.0  # seconds
 
 Batch = Annotated[str, typer.Option("--batch", metavar="B,B,...", help="Batch sizes, ascending.")]
 Output = Annotated[
-    Path | None, typer.Option("--output", help=f"File to write; without it {STATISTICS} in the model.")
+    Path | None,
+    typer.Option("--output", help="File to write; without it one in the model."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Forget what was counted before.")]
+Force = Annotated[bool, typer.Option("--force", help="Forget what was found before.")]
+Thresholds = Annotated[
+    bool, typer.Option("--thresholds", help="Calibrate --predictor threshold instead of counting.")
+]
 
 
 def command(
     model: o.ModelArgument,
     texts: o.Texts,
     batch: Batch = "1,2,4,8,16,32",
+    thresholds: Thresholds = False,
     tokens: o.Tokens = None,
     output: Output = None,
     force: Force = False,
@@ -39,40 +46,61 @@ def command(
     storage: o.Storage = None,
     json: o.Json = False,
 ) -> None:
-    """Count on text how often each neuron is active.
+    """Count on text how often each neuron is active; or calibrate thresholds.
 
     The counts go into the model. Counting again adds what is new: Ctrl-C keeps what was counted, the
     same command goes on, and other texts are added. A batch of B stands for B sequences decoded
     together: B consecutive sequences of a text, at the same position.
+
+    In a SiLU or GELU model every neuron is active. There, and with --thresholds, this finds the cuts of
+    --predictor threshold and measures what they cost.
     """
-    from pi2.collect import Collector
+    from pi2.container.layout import NEURONS
+    from pi2.statistics_file import STATISTICS, Statistics
 
     with o.open_engine(model, backend=backend, storage=storage) as engine:
-        collector = Collector(engine, parse_batches(batch))
         place = output or engine.model.path / STATISTICS
         _check_writable(place)
-        if place.exists() and not force:
-            collector.resume(place)
-        before = collector.counts.tokens
-        try:
-            _run(collector, texts, tokens, place, listed=output is None)
-        except KeyboardInterrupt:
-            say(f"\nstopped: {collector.counts.tokens} tokens are counted; the same command goes on")
-            raise
+        sha256 = engine.model.manifest.files[NEURONS].sha256
+        target = Target(place, Statistics.of_file(place, sha256), listed=output is None)
+        if thresholds or not engine.model.architecture.sparse:
+            from pi2.cli.calibrate import calibrate
+
+            calibrate(engine, texts, tokens, target, force=force, json=json)
+        else:
+            _count(engine, texts, batch, tokens, target, force=force, json=json)
+
+
+def _count(
+    engine: Engine, texts: list[Path], batch: str, tokens: int | None, target: Target, *,
+    force: bool, json: bool,
+) -> None:  # fmt: skip
+    from pi2.collect import Collector
+
+    collector = Collector(engine, parse_batches(batch))
+    if target.found.counts is not None and not force:
+        collector.resume(target.found.counts)
+    before = collector.counts.tokens
+    try:
+        _run(collector, texts, tokens, target)
+    except KeyboardInterrupt:
+        say(f"\nstopped: {collector.counts.tokens} tokens are counted; the same command goes on")
+        raise
     if json:
-        print_json(describe(collector.counts, place))
+        print_json(describe(collector.counts, target.path))
         return
-    say(f"{place}: {collector.counts.tokens - before} tokens counted, {collector.counts.tokens} in all")
+    counted = collector.counts.tokens
+    say(f"{target.path}: {counted - before} tokens counted, {counted} in all")
     _print_density(collector.counts)
 
 
-def _run(collector: Collector, texts: list[Path], tokens: int | None, place: Path, *, listed: bool) -> None:
+def _run(collector: Collector, texts: list[Path], tokens: int | None, target: Target) -> None:
     """Count, and write at the end, now and then, and when it is stopped."""
     written = time.monotonic(), collector.counts.tokens
 
     def save() -> None:
         nonlocal written
-        _save(collector.counts, place, listed=listed)
+        target.save(counts=collector.counts)
         written = time.monotonic(), collector.counts.tokens
 
     def checkpoint() -> None:
@@ -87,18 +115,29 @@ def _run(collector: Collector, texts: list[Path], tokens: int | None, place: Pat
             save()
 
 
-def _save(counts: ActivationCounts, place: Path, *, listed: bool) -> None:
-    if listed:
+@dataclass(slots=True)
+class Target:
+    """A file of statistics that is added to; ``listed``: it belongs to the model that it lies in."""
+
+    path: Path
+    found: Statistics
+    listed: bool
+
+    def save(self, **parts: Any) -> None:
+        """Write ``parts`` ("counts", "thresholds") and keep what was there of the others."""
         from pi2.container import replace_file
 
-        replace_file(place.parent, place.name, counts.save)
-        return
-    fresh = place.with_name(f"{place.name}.new")
-    try:
-        counts.save(fresh)
-        fresh.replace(place)
-    except OSError as e:
-        raise StorageError(e.strerror or str(e), path=place, hint="check that it may be written") from None
+        self.found = replace(self.found, **parts)
+        if self.listed:
+            replace_file(self.path.parent, self.path.name, self.found.save)
+            return
+        fresh = self.path.with_name(f"{self.path.name}.new")
+        try:
+            self.found.save(fresh)
+            fresh.replace(self.path)
+        except OSError as e:
+            hint = "check that it may be written"
+            raise StorageError(e.strerror or str(e), path=self.path, hint=hint) from None
 
 
 def _check_writable(place: Path) -> None:

@@ -33,17 +33,25 @@ def command(
     sequence: Sequence = None,
     backend: o.Backend = None,
     storage: o.Storage = None,
+    memory: o.Memory = None,
+    policy: o.Policy = None,
+    hot: o.Hot = None,
+    offload: o.OffloadDetails = None,
     json: o.Json = False,
 ) -> None:
     """Judge a predictor on text: perplexity, agreement with the dense model, recall, cost.
 
     The text is read one token at a time, as in decoding, where the predictor is asked, and again with
     every neuron: the dense model. Active is what a gate in float32 says: a
-    backend that rounds to int8 decides otherwise near zero.
+    backend that rounds to int8 decides otherwise near zero. With --memory the judge needs memory of its
+    own on top of the budget: it decodes whole matrices.
     """
     from pi2.evaluate import evaluate
 
-    with o.open_engine(model, backend=backend, storage=storage, predictor=predictor) as engine:
+    placement = o.parse_offload(memory, policy, hot, offload)
+    with o.open_engine(
+        model, backend=backend, storage=storage, predictor=predictor, offload=placement
+    ) as engine:
         setup = engine.setup()
         with progress_bar(lambda n: f"{n} tokens") as progress:
             found = evaluate(

@@ -12,6 +12,7 @@ from pi2.errors import OptionError
 if TYPE_CHECKING:
     from pi2.api import ModelSource
     from pi2.engine import Engine
+    from pi2.offload import OffloadOptions
     from pi2.plugins import Plugins
 
 _PART = "name, or name:key=value,key=value; without it the best that can run here"
@@ -28,6 +29,30 @@ Tokens = Annotated[int | None, typer.Option("--tokens", min=1, help="Use so many
 Backend = Annotated[str | None, typer.Option("--backend", help=f"What computes ({_PART}).")]
 Storage = Annotated[str | None, typer.Option("--storage", help=f"What reads the weights ({_PART}).")]
 Predictor = Annotated[str | None, typer.Option("--predictor", help=f"What names active neurons ({_PART}).")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Resident memory of the whole process at most, like 2G or 900MiB: FFN weights stay on flash.",
+    ),
+]
+Policy = Annotated[
+    str | None, typer.Option("--policy", help=f"What leaves the neuron cache first ({_PART}).")
+]
+Hot = Annotated[
+    float | None,
+    typer.Option("--hot", help="Share of the cache for neurons that statistics call hot [default: 0.5]."),
+]
+OffloadDetails = Annotated[
+    str | None,
+    typer.Option(
+        "--offload",
+        metavar="KEY=V,...",
+        help="How weights are read: prefetch=auto|on|off, two_phase=yes|no, cluster=N,"
+        " pipeline=auto|native|python.",
+    ),
+]
 Context = Annotated[
     int | None,
     typer.Option("--context", min=1, help="Tokens of the KV cache; without it the model's maximum."),
@@ -107,16 +132,49 @@ def open_engine(
     storage: str | None = None,
     predictor: str | None = None,
     context: int | None = None,
+    offload: OffloadOptions | None = None,
 ) -> Engine:
     """The engine that the options describe; without ``model`` the environment's choice."""
+    from pi2.cli.output import print_notes
     from pi2.config import Settings
     from pi2.engine import Engine
 
-    return Engine.open(
+    engine = Engine.open(
         model or Settings.from_environment().model,
         backend=backend,
         storage=storage,
         predictor=predictor,
         context=context,
         plugins=installed_plugins(),
+        offload=offload,
     )
+    print_notes(engine)
+    return engine
+
+
+def parse_offload(
+    memory: str | None, policy: str | None, hot: float | None, details: str | None
+) -> OffloadOptions | None:
+    """What --memory and the options that need it mean; None without them.  Raises OptionError."""
+    from pi2.engine import parse_choice
+    from pi2.memory import parse_bytes
+    from pi2.offload import OffloadOptions
+    from pi2.options import parse_options
+
+    given = {"--policy": policy, "--hot": hot, "--offload": details}
+    if memory is None:
+        for name, value in given.items():
+            if value is not None:
+                raise OptionError(f"{name} needs --memory", hint="without it all weights are resident")
+        return None
+    try:
+        size = parse_bytes(memory)
+    except ValueError:
+        raise OptionError(f"--memory takes a size, not {memory!r}", hint="for example 2G or 900MiB") from None
+    settings = parse_choice(f":{details or ''}")[1]
+    if clash := {"memory", "slots", "policy", "hot", "trace"} & set(settings):
+        raise OptionError(f"--offload has no {min(clash)}", hint="see --help")
+    chosen = parse_options(OffloadOptions, settings)
+    if hot is not None:
+        chosen["hot"] = hot
+    return OffloadOptions(memory=size, policy=policy, **chosen)

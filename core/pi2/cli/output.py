@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from pi2.errors import Pi2Error
 
 if TYPE_CHECKING:
+    from pi2.engine import Engine
     from pi2.stats import RunStats
 
 
@@ -54,15 +55,39 @@ def _rate(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} tokens/s"
 
 
+def print_notes(engine: Engine) -> None:
+    """What is slower or smaller than it should be, on stderr."""
+    for note in engine.notes:
+        say(f"warning: {note}")
+
+
 def why_cut(stats: RunStats) -> str | None:
     """Why the answer ended before the model meant it to, if so."""
     reasons = {"length": "stopped by --max-tokens", "context": "stopped: the context is full"}
     return reasons.get(stats.stop_reason or "")
 
 
+def _offload_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Of weights on flash: where memory went, what was hit, read and waited for."""
+    if found["offload"] is None:
+        return []
+    details, regions = found["offload"], found["config"]["regions"]
+    shares = ", ".join(f"{name} {human_bytes(size)}" for name, size in regions.items())
+    rows = [("budget", human_bytes(found["budget_bytes"]), f"{shares}, policy {found['policy']}")]
+    misses = details["miss_rate"]
+    if found["hit_rate"] is not None:
+        rows.append(("hit rate", f"{found['hit_rate']:.1%}", f"{misses['p99']:.1%} missed at P99"))
+    read = details["bytes_read"]
+    said = f"prefill {human_bytes(read['prefill'])}, prefetch {human_bytes(read['prefetch'])}"
+    rows.append(("read", human_bytes(found["bytes_read"]), said))
+    if found["io_wait_share"] is not None:
+        rows.append(("I/O wait", f"{found['io_wait_share']:.1%}", "of decoding, with nothing to compute"))
+    return rows
+
+
 def print_run(stats: RunStats, setup: dict[str, Any]) -> None:
     """The figures of a generation, on stderr."""
-    from pi2.stats import rss_peak_bytes
+    from pi2.memory import rss_peak_bytes
 
     decoded = ", ".join(filter(None, (f"{len(stats.tokens)} tokens", why_cut(stats))))
     ttft = "-" if stats.ttft_s is None else f"{stats.ttft_s:.2f} s"
@@ -77,6 +102,7 @@ def print_run(stats: RunStats, setup: dict[str, Any]) -> None:
         ("parts", setup["backend"], f"storage {setup['storage']}, predictor {setup['predictor']}"),
         ("lossless", "yes" if setup["lossless"] else "no", exactness),
     ]
+    rows += _offload_rows(stats.to_json(setup))
     sampling = setup["config"].get("sampling", {})
     if sampling.get("temperature"):
         rows.append(("seed", str(sampling["seed"]), "repeats this answer with --seed"))

@@ -47,6 +47,10 @@ def command(
     system: o.System = None,
     raw: Raw = False,
     context: o.Context = None,
+    memory: o.Memory = None,
+    policy: o.Policy = None,
+    hot: o.Hot = None,
+    offload: o.OffloadDetails = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -74,8 +78,9 @@ def command(
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
     )
+    placement = o.parse_offload(memory, policy, hot, offload)
     with o.open_engine(
-        model, backend=backend, storage=storage, predictor=predictor, context=context
+        model, backend=backend, storage=storage, predictor=predictor, context=context, offload=placement
     ) as engine:
         _answer(engine, _prompt_ids(engine, text, system, raw), sampling, json=json, quiet=quiet)
 

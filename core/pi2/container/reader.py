@@ -21,7 +21,7 @@ from pi2.container.manifest import (
 )
 from pi2.container.safetensors_file import Entry, Header, parse_json, read_header
 from pi2.errors import FormatError, StorageError
-from pi2.powers import SupportsView
+from pi2.powers import FfnPlace, SupportsView
 from pi2.tensor import DTYPES, F32, U8, DType, Tensor
 
 VERIFY_UP_TO = 1 << 30  # bytes that are checksummed on opening without being asked: about a second
@@ -32,9 +32,9 @@ _HINT = "the model is incomplete or damaged: fetch or convert it again"
 class PiModel:
     """A pi2 model, open for reading.  Made by :func:`open_model`; satisfies ``pi2.api.ModelView``.
 
-    Weights come through the storage tier: as views of its bytes if it has them (``SupportsView``), else
-    read afresh by every call.  Arrays are read-only and valid until the tier is closed; the tier
-    belongs to the caller.
+    Weights come through the storage tier: as views of its bytes if it has them (``SupportsView``) and
+    ``views`` is true, else read afresh by every call.  Arrays are read-only and valid until the tier is
+    closed; the tier belongs to the caller.
     """
 
     def __init__(
@@ -46,6 +46,8 @@ class PiModel:
         headers: tuple[Header, Header],
         texts: tuple[str, str | None],
         verified: bool,
+        *,
+        views: bool = True,
     ) -> None:
         self.path = path
         self.manifest = manifest
@@ -54,6 +56,7 @@ class PiModel:
         self.verified = verified
         """Whether the checksum of every file was compared, not only sizes and headers."""
         self._tier = tier
+        self._views = views
         self._dense, self._neurons = headers
         self._dense_file = tier.open_file(path / DENSE)
         self._neurons_file = tier.open_file(path / NEURONS)
@@ -83,15 +86,16 @@ class PiModel:
         entry = self._neurons.entries[inventory.ffn_name(ffn)]
         return self._bytes(self._neurons_file, entry).reshape(entry.shape)
 
-    def ffn_place(self, ffn: int) -> tuple[Path, int]:
-        """File and byte offset of bundle 0; the offset is a multiple of 4096 and of the geometry's page."""
-        return self.path / NEURONS, self._neurons.entries[inventory.ffn_name(ffn)].offset
+    def ffn_place(self, ffn: int) -> FfnPlace:
+        """Where the tier finds bundle 0: at a multiple of 4096 and of the geometry's page."""
+        offset = self._neurons.entries[inventory.ffn_name(ffn)].offset
+        return FfnPlace(ffn, self.path / NEURONS, self._neurons_file, offset)
 
     def close(self) -> None:
         """Nothing to give back: the files belong to the tier.  Here so that callers need not know."""
 
     def _bytes(self, file: int, entry: Entry) -> U8:
-        if isinstance(self._tier, SupportsView):
+        if self._views and isinstance(self._tier, SupportsView):
             return self._tier.view(file, entry.offset, entry.nbytes)
         data = np.empty(entry.nbytes, np.uint8)
         self._tier.read(file, np.array([[entry.offset, entry.nbytes]], np.int64), data)
@@ -99,14 +103,16 @@ class PiModel:
         return data
 
 
-def open_model(path: Path, tier: StorageTier, *, verify: bool | None = None) -> PiModel:
+def open_model(path: Path, tier: StorageTier, *, verify: bool | None = None, views: bool = True) -> PiModel:
     """Open the pi2 model in directory ``path`` and check it.
+
+    ``views`` False: weights are always read into memory of their own, whatever the tier can do.
 
     Small files are always checksummed; weights if ``verify``, or by default if they have at most
     ``VERIFY_UP_TO`` bytes.  Raises FormatError (with path and hint) if anything does not add up.
     """
     try:
-        return _open(path, tier, verify)
+        return _open(path, tier, verify, views)
     except FormatError as e:
         raise type(e)(f"{path}: {e}", hint=e.hint or _HINT) from None
     except OSError as e:
@@ -114,7 +120,7 @@ def open_model(path: Path, tier: StorageTier, *, verify: bool | None = None) -> 
         raise StorageError(e.strerror or str(e), path=place, hint="check that it may be read") from None
 
 
-def _open(path: Path, tier: StorageTier, verify: bool | None) -> PiModel:
+def _open(path: Path, tier: StorageTier, verify: bool | None, views: bool) -> PiModel:
     if not path.is_dir():
         raise FormatError("no such directory", hint="a pi2 model is a directory made by pi2 convert")
     if not (path / MANIFEST).exists():
@@ -133,7 +139,8 @@ def _open(path: Path, tier: StorageTier, verify: bool | None) -> PiModel:
     if verified:
         for name in set(manifest.files) - set(_SMALL):
             _check_sum(path, manifest, name)
-    return PiModel(path, manifest, architecture, tier, headers, (tokenizer, template), verified)
+    texts = (tokenizer, template)
+    return PiModel(path, manifest, architecture, tier, headers, texts, verified, views=views)
 
 
 def _check_sizes(path: Path, manifest: Manifest) -> None:

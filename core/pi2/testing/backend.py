@@ -16,6 +16,7 @@ from pi2.tensor import F32, Ids, Tensor
 from pi2.testing import reference
 from pi2.testing.attention import AttentionTests
 from pi2.testing.plugin import examples
+from pi2.testing.slab import SlabTests
 from pi2.testing.strategies import (
     SPARSE,
     FfnCase,
@@ -72,7 +73,7 @@ def same_bits(a: F32, b: F32) -> bool:
     return a.tobytes() == b.tobytes()
 
 
-class BackendTests(AttentionTests):
+class BackendTests(AttentionTests, SlabTests):
     """Everything that ``pi2.api.Backend`` promises, and its optional powers where they are had.
 
     class TestMine(BackendTests):

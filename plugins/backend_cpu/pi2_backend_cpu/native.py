@@ -81,6 +81,7 @@ def library() -> ctypes.CDLL | None:
         "pi2_cpu_close": (None, [c_void_p]),
         "pi2_cpu_linear": (None, [c_void_p, POINTER(Matrix), *call]),
         "pi2_cpu_ffn": (c_int64, [c_void_p, POINTER(Ffn), *call]),
+        "pi2_cpu_slab_ffn": (c_int64, [c_void_p, POINTER(Ffn), c_void_p, c_int64, c_void_p, *call[2:]]),
         "pi2_cpu_attention": (None, [c_void_p, POINTER(Attention), *attention]),
     }
     for function, (result, arguments) in signatures.items():

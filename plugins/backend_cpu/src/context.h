@@ -29,8 +29,8 @@ struct pi2_cpu {
   bool integer;
   QuantisedBatch batch;
   std::vector<float> hidden;               // (n, k)
-  std::vector<const uint8_t*> down;        // rows of the active neurons
-  std::vector<float> coefficients;         // their activations
+  std::vector<float> sums;                 // (ranges, d): of the down rows of a range's active neurons
+  std::vector<int64_t> active;             // (ranges): how many those are
   std::vector<std::vector<float>> slices;  // decoded weights, one buffer a chunk
   std::vector<float> normed;               // (n, d)
   std::vector<float> q, k, v;              // (n, heads * head_dim), as the matrices give them
@@ -48,6 +48,15 @@ struct pi2_cpu {
   void multiply(const float* x, int64_t n, const Product* products, int count);
   void multiply_many(const float* x, int64_t n, const Product* products, int count);  // n > 1: batch.cpp
 };
+
+inline int64_t row_bytes(int32_t dtype, int64_t cols) {
+  switch (dtype) {
+    case PI2_F32: return 4 * cols;
+    case PI2_F16: return 2 * cols;
+    case PI2_Q8_0: return cols / pi2::kBlock * 34;
+    default: return cols / pi2::kBlock * 18;
+  }
+}
 
 // A row of weights times one token, by integers or floats as the context and the format want.
 inline float dot(const pi2_cpu& cpu, int32_t dtype, const uint8_t* row, const float* x, int64_t t,

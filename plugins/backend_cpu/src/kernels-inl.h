@@ -143,52 +143,88 @@ struct Make {
     for (; j < k; ++j) scores_of<1>(q, keys + j * cols, cols, out + j);
   }
 
-  // Two neighbouring blocks at a time: their outputs stay in registers while all rows pass by.
-  template <DType D, int B>
-  static inline void combine_blocks(const uint8_t* const* rows, const float* h, int64_t k, int64_t cols,
-                                    int64_t b, float* out) {
-    F acc[B][kVecs];
-    for (auto& line : acc)
-      for (auto& a : line) a = V::zero();
-    for (int64_t n = 0; n < k; ++n) {
-      if (n + kAhead < k) {
-        V::prefetch(rows[n + kAhead] + (D == DType::kQ4_0 ? b * 16 : D == DType::kQ8_0 ? b * 32 : b * 64));
-      }
-      for (int j = 0; j < B; ++j) {
+  // Blocks b .. b + count of R rows, added to y: each output is loaded and stored once for all rows.
+  template <DType D, int R>
+  static inline void add_group(const uint8_t* const* rows, const float (*h)[W], int64_t b, int64_t count,
+                               bool fresh, float* y) {
+    for (int64_t j = 0; j < count; ++j) {
+      float* const at = y + (b + j) * kBlock;
+      F acc[kVecs];
+      for (int i = 0; i < kVecs; ++i) acc[i] = fresh ? V::zero() : V::load(at + i * W);
+      for (int r = 0; r < R; ++r) {
         F w[kVecs];
-        block<D>(rows[n], b + j, w);
-        const F coefficient = V::broadcast(h[n] * scale<D>(rows[n], b + j, cols));
-        for (int i = 0; i < kVecs; ++i) acc[j][i] = V::fma(w[i], coefficient, acc[j][i]);
+        if constexpr (D == DType::kQ4_0) V::load_large_nibbles(rows[r] + (b + j) * (kBlock / 2), w);
+        else block<D>(rows[r], b + j, w);
+        const F coefficient = V::broadcast(h[r][j]);
+        for (int i = 0; i < kVecs; ++i) acc[i] = V::fma(w[i], coefficient, acc[i]);
       }
+      for (int i = 0; i < kVecs; ++i) V::store(at + i * W, acc[i]);
     }
-    for (int j = 0; j < B; ++j)
-      for (int i = 0; i < kVecs; ++i) V::store(out + (b + j) * kBlock + i * W, acc[j][i]);
   }
 
-  static constexpr int64_t kAhead = 8;  // rows: a row's slice is about two lines, memory some 100 ns away
+  // Asks memory for blocks b .. b + W of rows that come later: they lie too far apart for the hardware.
+  template <DType D>
+  static inline void fetch(const uint8_t* const* rows, int64_t count, int64_t b) {
+    constexpr int64_t kBytes = D == DType::kQ4_0 ? 16 : D == DType::kQ8_0 ? 32 : D == DType::kF16 ? 64 : 128;
+    constexpr int64_t kStep = kBytes * W < 64 ? 64 : kBytes * W;
+    if (b * kBytes % kStep != 0) return;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t at = 0; at < kStep; at += 64) V::prefetch(rows[r] + b * kBytes + at);
+  }
+
+  // R rows: the scales of W blocks become coefficients at a time.  Memory fetches `next` rows behind them.
+  template <DType D, int R>
+  static void add_some(const uint8_t* const* rows, const float* h, int64_t next, int64_t cols, bool fresh,
+                       float* y) {
+    constexpr bool kScaled = D == DType::kQ8_0 || D == DType::kQ4_0;
+    constexpr float kUnit = D == DType::kQ4_0 ? V::kNibble : 1;
+    const int64_t blocks = cols / kBlock;
+    float coefficients[R][W];
+    for (int r = 0; r < R; ++r) V::store(coefficients[r], V::broadcast(h[r]));
+    for (int64_t b = 0; b < blocks; b += W) {
+      const int64_t here = blocks - b < W ? blocks - b : W;
+      fetch<D>(rows + R, next, b);
+      for (int r = 0; r < R && kScaled; ++r) {
+        const uint8_t* scales = rows[r] + quant_bytes(D, cols) + 2 * b;
+        if (here == W) {
+          const F s = V::load_half(reinterpret_cast<const uint16_t*>(scales));
+          V::store(coefficients[r], V::mul(V::broadcast(h[r] * kUnit), s));
+        } else {
+          for (int64_t j = 0; j < here; ++j) coefficients[r][j] = h[r] * kUnit * V::half(scales + 2 * j);
+        }
+      }
+      add_group<D, R>(rows, coefficients, b, here, fresh, y);
+    }
+    if constexpr (!kScaled)
+      for (int64_t c = blocks * kBlock; c < cols; ++c) {
+        float sum = fresh ? 0 : y[c];
+        for (int r = 0; r < R; ++r) sum += h[r] * element<D>(rows[r], c);
+        y[c] = sum;
+      }
+  }
 
   template <DType D>
-  static void combine_of(const uint8_t* const* rows, const float* h, int64_t k, int64_t cols, int64_t first,
-                         int64_t last, float* out) {
-    int64_t b = first / kBlock;
-    const int64_t end = last / kBlock;
-    for (; b + V::kBlocks <= end; b += V::kBlocks) combine_blocks<D, V::kBlocks>(rows, h, k, cols, b, out);
-    for (; b < end; ++b) combine_blocks<D, 1>(rows, h, k, cols, b, out);
-    if constexpr (D == DType::kF32 || D == DType::kF16)
-      for (int64_t c = end * kBlock; c < last; ++c) {
-        float sum = 0;
-        for (int64_t n = 0; n < k; ++n) sum += h[n] * element<D>(rows[n], c);
-        out[c] = sum;
-      }
+  static void add_rows_of(const uint8_t* const* rows, const float* h, int64_t k, int64_t cols, bool fresh,
+                          float* y) {
+    int64_t n = 0;
+    for (; n + 4 <= k; n += 4) {
+      const int64_t next = k - n - 4 < 4 ? k - n - 4 : 4;
+      add_some<D, 4>(rows + n, h + n, next, cols, fresh && n == 0, y);
+    }
+    if (n + 2 <= k) {
+      add_some<D, 2>(rows + n, h + n, k - n - 2, cols, fresh && n == 0, y);
+      n += 2;
+    }
+    if (n < k) add_some<D, 1>(rows + n, h + n, 0, cols, fresh && n == 0, y);
   }
 
-  static void combine(DType dtype, const uint8_t* const* rows, const float* h, int64_t k, int64_t cols,
-                      int64_t first, int64_t last, float* out) {
+  static void add_rows(DType dtype, const uint8_t* const* rows, const float* h, int64_t k, int64_t cols,
+                       bool fresh, float* y) {
     switch (dtype) {
-      case DType::kF32: return combine_of<DType::kF32>(rows, h, k, cols, first, last, out);
-      case DType::kF16: return combine_of<DType::kF16>(rows, h, k, cols, first, last, out);
-      case DType::kQ8_0: return combine_of<DType::kQ8_0>(rows, h, k, cols, first, last, out);
-      default: return combine_of<DType::kQ4_0>(rows, h, k, cols, first, last, out);
+      case DType::kF32: return add_rows_of<DType::kF32>(rows, h, k, cols, fresh, y);
+      case DType::kF16: return add_rows_of<DType::kF16>(rows, h, k, cols, fresh, y);
+      case DType::kQ8_0: return add_rows_of<DType::kQ8_0>(rows, h, k, cols, fresh, y);
+      default: return add_rows_of<DType::kQ4_0>(rows, h, k, cols, fresh, y);
     }
   }
 
@@ -251,7 +287,7 @@ struct Make {
   }
 
   static constexpr Kernels table() {
-    return {V::kName, quantise, dot, dot_quantised, dots_quantised, combine, decode, add_product, scores};
+    return {V::kName, quantise, dot, dot_quantised, dots_quantised, add_rows, decode, add_product, scores};
   }
 };
 

@@ -8,7 +8,6 @@ namespace pi2 {
 enum class DType : int32_t { kF32 = 0, kF16 = 1, kQ8_0 = 2, kQ4_0 = 3 };
 constexpr int kBlock = 32;  // weights that share a scale
 constexpr int kTokens = 4;  // at a time: with 2 sums each, and 8 temporaries, they fill 16 registers
-
 // One token's activations, quantised in blocks of kBlock as q8_0 does, for the integer kernels.
 struct Quantised {
   const int8_t* quants;    // (cols): in natural order, for q8_0 weights
@@ -28,10 +27,12 @@ struct Kernels {
   float (*dot_quantised)(DType dtype, const uint8_t* row, const Quantised& x, int64_t cols);
   // The same for kTokens tokens at a time, with the same bits: the row is unpacked once.
   void (*dots_quantised)(DType dtype, const uint8_t* row, const Quantised* x, int64_t cols, float* out);
-  // out[first .. last) = sum over k of h[k] * rows[k][first .. last); multiples of kBlock, last may be cols.
-  void (*combine)(DType dtype, const uint8_t* const* rows, const float* h, int64_t k, int64_t cols,
-                  int64_t first, int64_t last, float* out);
-  // Columns [first, last) of k rows as floats, (k, last - first); the bounds as for combine.
+  // y[0 .. cols) = sum over k of h[k] * rows[k][0 .. cols), added one by one behind y, or behind 0 if
+  // `fresh`.
+  void (*add_rows)(DType dtype, const uint8_t* const* rows, const float* h, int64_t k, int64_t cols,
+                   bool fresh, float* y);
+  // Columns [first, last) of k rows as floats, (k, last - first): multiples of kBlock, or
+  // cols.
   void (*decode)(DType dtype, const uint8_t* const* rows, int64_t k, int64_t cols, int64_t first,
                  int64_t last, float* out);
   // y[0 .. width) += sum over k of h[k] * w[k][0 .. width), with w (k, width); zeros in h are skipped.

@@ -72,6 +72,11 @@ PI2_API void pi2_cpu_linear(pi2_cpu* cpu, const pi2_matrix* w, const float* x, i
 PI2_API int64_t pi2_cpu_ffn(pi2_cpu* cpu, const pi2_ffn* ffn, const float* x, int64_t n, const int32_t* rows,
                             int64_t n_rows, float* out);
 
+/* The same over k neurons (ascending) of an FFN that has ffn->count, of which i lies in bundle slots[i]
+ * (pi2.powers.SupportsSlab). */
+PI2_API int64_t pi2_cpu_slab_ffn(pi2_cpu* cpu, const pi2_ffn* ffn, const float* x, int64_t n,
+                                 const int32_t* neurons, const int32_t* slots, int64_t k, float* out);
+
 /* A whole attention block with its residual connection (pi2.powers.SupportsAttention); x and out (n, d). keys
  * and values (kv_heads, room, head_dim) get n more positions from `start` on; cosines and sines
  * (n, rope_dims / 2) are those of these positions. */

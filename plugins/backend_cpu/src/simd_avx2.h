@@ -37,16 +37,28 @@ struct Avx2 {
   static F load_int8(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
   }
-  static F widen(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)); }
+  // Four bytes a lane to the tops of its words, so that shifts and masks find signed numbers there.
+  static __m256i tops(__m256i bytes, int first) {
+    const __m256i order = _mm256_setr_epi8(-1, -1, -1, 0, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, 3,  //
+                                           -1, -1, -1, 4, -1, -1, -1, 5, -1, -1, -1, 6, -1, -1, -1, 7);
+    return _mm256_shuffle_epi8(bytes,
+                               first == 0 ? order : _mm256_add_epi8(order, _mm256_set1_epi32(8 << 24)));
+  }
+  // (nibble - 8) / kNibble: with its top bit flipped, a nibble is that number in two's complement.
+  static constexpr float kNibble = 0x1p-28f;
+  static void load_large_nibbles(const uint8_t* p, F v[4]) {
+    const __m256i raw =
+        _mm256_xor_si256(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+                         _mm256_set1_epi8(-120));
+    const __m256i first = tops(raw, 0), second = tops(raw, 8), high = _mm256_set1_epi32(-0x10000000);
+    v[0] = _mm256_cvtepi32_ps(_mm256_slli_epi32(first, 4));
+    v[1] = _mm256_cvtepi32_ps(_mm256_slli_epi32(second, 4));
+    v[2] = _mm256_cvtepi32_ps(_mm256_and_si256(first, high));
+    v[3] = _mm256_cvtepi32_ps(_mm256_and_si256(second, high));
+  }
   static void load_nibbles(const uint8_t* p, F v[4]) {
-    const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    const __m128i mask = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
-    const __m128i low = _mm_sub_epi8(_mm_and_si128(raw, mask), eight);
-    const __m128i high = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(raw, 4), mask), eight);
-    v[0] = widen(low);
-    v[1] = widen(_mm_srli_si128(low, 8));
-    v[2] = widen(high);
-    v[3] = widen(_mm_srli_si128(high, 8));
+    load_large_nibbles(p, v);
+    for (int i = 0; i < 4; ++i) v[i] = mul(v[i], broadcast(kNibble));
   }
 
   static float sum(F v) {

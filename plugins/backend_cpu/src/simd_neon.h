@@ -65,6 +65,8 @@ struct Neon {
     widen(high, v + 4);
   }
 
+  static constexpr float kNibble = 1;
+  static void load_large_nibbles(const uint8_t* p, F* v) { load_nibbles(p, v); }  // (nibble - 8) / kNibble
   static float sum(F v) { return vaddvq_f32(v); }
   static float sum(const F v[8]) {
     const F a = vaddq_f32(vaddq_f32(v[0], v[1]), vaddq_f32(v[2], v[3]));

@@ -52,6 +52,8 @@ struct Scalar {
       v[i + kBlock / 2] = static_cast<float>((p[i] >> 4) - 8);
     }
   }
+  static constexpr float kNibble = 1;
+  static void load_large_nibbles(const uint8_t* p, F* v) { load_nibbles(p, v); }  // (nibble - 8) / kNibble
   static float sum(F v) { return v; }
   static float sum(const F v[kBlock]) {
     float total = 0;

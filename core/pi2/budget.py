@@ -1,0 +1,66 @@
+"""One hard budget for the memory of the whole process, and what it is shared out to (PowerInfer-2 §4.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pi2.architecture import Architecture
+from pi2.bundle import BundleGeometry
+from pi2.errors import BudgetError
+from pi2.ffns import RANGE_BYTES
+from pi2.kv_cache import kv_bytes
+from pi2.prefill import BUFFERS
+
+DEFAULT_CONTEXT = 2048
+"""Tokens of the KV cache under a budget, if nobody says how many: all that a model can may be gigabytes."""
+GROUP = 4
+"""Chunks of a prompt that go through the layers together when every layer is read from flash."""
+_SLACK = 16 << 20  # bytes: Python objects, sampling, text; what the allocator keeps
+_SLOT_TABLES = 8 + 4 + 1 + 1  # bytes of a slot's entries in the neuron cache
+_KEY_TABLES = 4 + 5 * 8  # of a neuron's there and in a cache policy
+
+
+@dataclass(frozen=True, slots=True)
+class Regions:
+    """Bytes of the regions that add up to the budget."""
+
+    budget: int
+    fixed: int
+    hot: int
+    cold: int
+
+    def to_json(self) -> dict[str, int]:
+        return {"fixed": self.fixed, "hot": self.hot, "cold": self.cold}
+
+
+def slots_within(memory: int, arch: Architecture, g: BundleGeometry, fixed: int) -> int:
+    """Slots that the budget has room for beside the ``fixed`` region, at most one for every neuron.
+
+    Raises BudgetError below one whole FFN, which a token may want all of.
+    """
+    neurons = arch.n_layers * arch.n_neurons
+    slots = (memory - fixed) // (g.stride + _SLOT_TABLES)
+    if slots < arch.n_neurons:
+        raise too_small(memory, fixed + arch.n_neurons * (g.stride + _SLOT_TABLES))
+    return min(neurons, slots)
+
+
+def too_small(memory: int, minimum: int, hint: str | None = None) -> BudgetError:
+    """What to raise for a budget below ``minimum``."""
+    needed = -(-minimum // 10**6)
+    return BudgetError(
+        f"a budget of {memory / 10**6:.0f} MB is too small: this model needs at least {needed} MB",
+        hint=hint or f"--memory {needed}M, or less with a smaller --context",
+    )
+
+
+def to_come(arch: Architecture, g: BundleGeometry, context: int, chunk: int) -> int:
+    """Bytes that the fixed region will grow by once tokens are computed."""
+    tokens = min(context, GROUP * chunk)
+    ranges = BUFFERS * min(RANGE_BYTES, arch.n_neurons * g.stride)
+    states = 6 * tokens * arch.d_model * 4  # residual stream, inputs and results, before and after
+    heads = 4 * chunk * arch.n_heads * arch.head_dim * 4
+    hidden = 2 * chunk * min(arch.n_neurons, max(64, RANGE_BYTES // g.stride)) * 4
+    logits = 3 * arch.vocab_size * 8  # float64 while sampling
+    tables = arch.n_layers * arch.n_neurons * _KEY_TABLES
+    return kv_bytes(arch, context) + ranges + states + heads + hidden + logits + tables + _SLACK

@@ -1,0 +1,62 @@
+"""Look-ahead: what the next FFN will want, guessed while this one is computed (beyond the paper)."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from pi2.api import ModelView, Predictor
+from pi2.residual import FfnInputs
+from pi2.tensor import F32, Ids
+
+_TRIAL = 16  # tokens with, and as many without
+_PERIOD = 512  # tokens after which it is tried again
+
+
+class Lookahead:
+    """Asks the predictor of FFN l + 1 with the input of FFN l.
+
+    Mode "auto" tries tokens with and without, and goes on with what took less time; timing decides only
+    whether to guess, so it changes no bit.
+    """
+
+    def __init__(self, model: ModelView, mode: str) -> None:
+        self.mode = mode
+        self.pending: tuple[int, Ids] | None = None
+        """FFN and neurons of a guess that was not compared with what is wanted yet."""
+        self.tokens_with = 0
+        self._inputs = FfnInputs(model) if mode != "off" else None
+        self._last = model.architecture.n_layers - 1
+        self._token = -1
+        self._started = 0.0
+        self._times: dict[bool, list[float]] = {True: [], False: []}
+        self._on = mode != "off"
+
+    @property
+    def on(self) -> bool:
+        """Whether guesses are made for this token."""
+        return self._on
+
+    def guess(self, predictor: Predictor, ffn: int, x: F32) -> Ids | None:
+        """Neurons of FFN ``ffn + 1``; None for no guess.  Called once for every FFN of a token, in order."""
+        if ffn == 0:
+            self._next_token()
+        if not self._on or ffn == self._last or self._inputs is None:
+            return None
+        return predictor.predict(ffn + 1, self._inputs.carry(ffn, x))
+
+    def _next_token(self) -> None:
+        now = time.perf_counter()
+        if self.mode == "auto":
+            if self._token >= 0:
+                self._times[self._on].append(now - self._started)
+            self._token = (self._token + 1) % _PERIOD
+            if self._token == 0:
+                self._times = {True: [], False: []}
+            if self._token < 2 * _TRIAL:
+                self._on = self._token // 4 % 2 == 0  # in turns, so that what drifts hits both alike
+            elif self._token == 2 * _TRIAL:
+                self._on = float(np.median(self._times[True])) < float(np.median(self._times[False]))
+        self._started = now
+        self.tokens_with += self._on

@@ -1,0 +1,45 @@
+"""How much memory this process has, and giving back what it does not need."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import resource
+import sys
+from pathlib import Path
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_STATM = Path("/proc/self/statm")
+
+
+def parse_bytes(text: str) -> int:
+    """``2G`` -> 2 000 000 000, ``2GiB`` -> 2 147 483 648; also fractions.  ValueError for anything else."""
+    body = text.strip().upper()
+    binary = body.endswith("IB")
+    body = body[: -2 if binary else -1] if body.endswith("B") else body
+    unit = body[-1:] if body[-1:].isalpha() else ""
+    power = list(_UNITS).index(unit) if unit in _UNITS else -1
+    value = float(body.removesuffix(unit))
+    if power < 0 or (binary and not power) or not 0 < value < float("inf"):
+        raise ValueError(text)
+    return int(value * (1024**power if binary else 1000**power))
+
+
+def rss_bytes() -> int:
+    """Resident set of this process now; its peak where the system does not say."""
+    if _STATM.exists():
+        return int(_STATM.read_text().split()[1]) * mmap.PAGESIZE
+    return rss_peak_bytes()
+
+
+def rss_peak_bytes() -> int:
+    """Largest resident set of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def give_back_unused() -> None:
+    """Return freed memory that the C library keeps for later to the system, where it can be asked to."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,173 @@
+"""The neuron cache: which bundles are in memory, and where (PowerInfer-2 §4.2).
+
+One slab of equal slots.  The first ``n_hot`` belong to the hot region and are never given up; the others
+to the cold region, whose policy names what leaves.  Nothing is written back: weights are read-only.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi2.api import CachePolicy, Keys
+from pi2.powers import SlotState
+from pi2.tensor import U8, Ids
+
+_BATCH = 128  # evictions free at least a slot in so many, so that asking the policy is paid back
+
+
+class NeuronCache:
+    """Slots of ``stride`` bytes for neurons of FFNs that have ``neurons`` each.
+
+    A neuron that is resident has a slot; what is in the slot, ``states`` say.  Slots that a call gives out
+    stay with their neurons until the next call.  Holds keys and bytes, reads nothing.
+    """
+
+    def __init__(self, n_ffns: int, neurons: int, stride: int, slots: int, policy: CachePolicy) -> None:
+        self.neurons = neurons
+        self.policy = policy
+        self._memory = mmap.mmap(-1, max(1, slots * stride), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.slab: U8 = np.frombuffer(self._memory, np.uint8, slots * stride).reshape(slots, stride)
+        """(slots, stride), aligned to pages; a slot takes memory once something is in it."""
+        self.states: U8 = np.zeros(slots, np.uint8)
+        """(slots,) ``SlotState``, shared with whoever fills the slots."""
+        self.n_hot = 0
+        self.capacity = slots
+        """Slots in use at most: the regions can shrink and grow again."""
+        self._slot_of = np.full((n_ffns, neurons), -1, np.int32)
+        self._by_key = self._slot_of.reshape(-1)
+        self._key_of = np.full(slots, -1, np.int64)
+        self._free: Ids = np.arange(slots - 1, -1, -1, dtype=np.int32)  # a stack, its top at _n_free - 1
+        self._n_free = slots
+        self._pinned = np.zeros(slots, np.bool_)
+
+    @property
+    def resident(self) -> int:
+        """Neurons that have a slot."""
+        return self.capacity - self._n_free
+
+    def keys(self, ffn: int, neurons: Ids) -> Keys:
+        """Unique in the model."""
+        return neurons.astype(np.int64) + ffn * self.neurons
+
+    def slots(self, ffn: int, neurons: Ids) -> Ids:
+        """Where ``neurons`` are; -1 for those without a slot."""
+        found: Ids = self._slot_of[ffn][neurons]
+        return found
+
+    def keep(self, keys: Keys) -> Ids:
+        """Make these neurons the hot region, while nothing is resident; their slots, EMPTY."""
+        assert self.resident == 0
+        hot = np.arange(len(keys), dtype=np.int32)
+        self._seat(keys, hot)
+        self.n_hot = len(keys)
+        self._set_free(np.arange(self.capacity - 1, self.n_hot - 1, -1, dtype=np.int32))
+        return hot
+
+    def acquire(self, ffn: int, neurons: Ids) -> Ids:
+        """Slots for all of ``neurons`` (ascending, without repeats), which count as used.
+
+        Those that were not resident get slots that are EMPTY.  There is room as long as the cold region
+        has a slot for every neuron of an FFN and no other FFN's slots are LOADING.
+        """
+        slots: Ids = self._slot_of[ffn][neurons]
+        keys = self.keys(ffn, neurons)
+        missing = np.flatnonzero(slots < 0)
+        self.policy.touch(ffn, keys[slots >= self.n_hot])
+        if len(missing):
+            new = self._take(ffn, len(missing), slots)
+            assert len(new) == len(missing), "the cold region is smaller than an FFN"
+            self._seat(keys[missing], new)
+            self.policy.touch(ffn, keys[missing])
+            slots[missing] = new
+        return slots
+
+    def admit(self, ffn: int, neurons: Ids, spare: Ids) -> tuple[Ids, Ids]:
+        """Slots for a guess: as many of ``neurons`` that are not resident as there is room for.
+
+        Nothing in the slots ``spare`` leaves for them.  Returns the admitted neurons and their slots.
+        """
+        neurons = neurons[self._slot_of[ffn][neurons] < 0]
+        slots = self._take(ffn, len(neurons), spare)
+        neurons = neurons[: len(slots)]
+        keys = self.keys(ffn, neurons)
+        self._seat(keys, slots)
+        self.policy.touch(ffn, keys)
+        return neurons, slots
+
+    def drop(self, slots: Ids) -> None:
+        """Give up what is in cold ``slots``; it may have gone already."""
+        slots = slots[self._key_of[slots] >= 0]
+        self._evict(self._key_of[slots], slots)
+
+    def resize(self, capacity: int) -> None:
+        """Use so many slots; memory of those above goes back to the system.  Never into the hot region."""
+        capacity = max(self.n_hot, min(capacity, len(self.states)))
+        if capacity < self.capacity:
+            above = np.arange(capacity, self.capacity, dtype=np.int32)
+            self.drop(above)
+            free = self._free[: self._n_free]
+            self._set_free(free[free < capacity])
+            self._give_back(capacity)
+        else:
+            new = np.arange(capacity - 1, self.capacity - 1, -1, dtype=np.int32)
+            self._set_free(np.concatenate((self._free[: self._n_free], new)))
+        self.capacity = capacity
+
+    def _set_free(self, slots: Ids) -> None:
+        self._n_free = len(slots)
+        self._free[: self._n_free] = slots
+
+    def _give_back(self, first: int) -> None:
+        start = -(-first * self.slab.shape[1] // mmap.PAGESIZE) * mmap.PAGESIZE
+        if start < len(self._memory) and hasattr(mmap, "MADV_DONTNEED"):
+            self._memory.madvise(mmap.MADV_DONTNEED, start)
+
+    def _seat(self, keys: Keys, slots: Ids) -> None:
+        self._by_key[keys] = slots
+        self._key_of[slots] = keys
+        self.states[slots] = SlotState.EMPTY
+
+    def _take(self, ffn: int, n: int, spare: Ids) -> Ids:
+        """Up to ``n`` free slots, after evictions from others than the cold slots ``spare``."""
+        if self._n_free < n:
+            spare = spare[spare >= 0]
+            self._pinned[spare] = True
+            try:
+                self._make_room(ffn, n - self._n_free)
+            finally:
+                self._pinned[spare] = False
+        n = min(n, self._n_free)
+        self._n_free -= n
+        return self._free[self._n_free : self._n_free + n].copy()
+
+    def _make_room(self, ffn: int, n: int) -> None:
+        wanted = n + self.capacity // _BATCH
+        while True:
+            keys = self.policy.victims(ffn, wanted)
+            slots = self._by_key[keys]
+            may = ~self._pinned[slots] & (self.states[slots] != SlotState.LOADING)
+            if may.sum() >= n or len(keys) < wanted:
+                break
+            wanted *= 2  # the policy named what is in use: ask on
+        self._evict(keys[may], slots[may])
+
+    def _evict(self, keys: Keys, slots: Ids) -> None:
+        self.policy.evicted(keys)
+        self._by_key[keys] = -1
+        self._key_of[slots] = -1
+        self.states[slots] = SlotState.EMPTY
+        self._free[self._n_free : self._n_free + len(slots)] = slots
+        self._n_free += len(slots)
+
+
+def hottest(counts: NDArray[np.int64], n: int) -> Keys:
+    """The ``n`` neurons most often active, by ``counts`` (ffns, neurons): keys, ascending.
+
+    Neurons that were never active are not hot.  Ties go to the smaller key.
+    """
+    flat = counts.reshape(-1)
+    order = np.argsort(-flat, kind="stable")[:n]
+    return np.sort(order[flat[order] > 0]).astype(np.int64)

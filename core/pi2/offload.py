@@ -1,0 +1,212 @@
+"""FFNs whose weights are on flash: predict, look up, read what is missing, compute (PowerInfer-2 §4)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pi2.api import Backend, FfnSpec, Predictor, StorageTier
+from pi2.budget import Regions
+from pi2.errors import OptionError
+from pi2.ffns import add_range, dense_ranges
+from pi2.lookahead import Lookahead
+from pi2.neuron_cache import NeuronCache
+from pi2.pipeline import FfnPipeline, NativePipeline, PythonPipeline
+from pi2.powers import SlotState, StreamCount, SupportsAsyncRead, SupportsStorageAbi, SupportsStreaming
+from pi2.prefill import DenseReader
+from pi2.tensor import F32, U8, Ids
+
+if TYPE_CHECKING:
+    from pi2.container.reader import PiModel
+
+_RECENT = 8  # tokens at the end of a prompt whose neurons the next ones will probably want
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadOptions:
+    """How a model is run whose FFN weights stay on flash.  None of it changes a bit of the result."""
+
+    memory: int | None = None
+    """Bytes that the process may have resident; None: as many slots as ``slots`` says."""
+    slots: int | None = None
+    policy: str | None = None
+    """Cache policy as ``name:key=value,...``; None: the best that there is."""
+    hot: float = 0.5
+    """Share of the cache, beyond one FFN, for what was most often active in the model's statistics."""
+    pipeline: str = "auto"
+    """"native": the backend's own; "python": its slow twin; "auto": native where there is one."""
+    two_phase: bool = True
+    """Read gates first, and the rest only where they are not zero."""
+    cluster: int = 64
+    """Neurons that are read and computed as one unit."""
+    prefetch: str = "auto"
+    """"on": guess the next layer's neurons while this one is computed; "auto": as long as it pays."""
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("pipeline", ("auto", "native", "python")), ("prefetch", ("auto", "on", "off"))):
+            if (value := getattr(self, name)) not in known:
+                says = f"{name} is {known[0]}, {known[1]} or {known[2]}, not {value!r}"
+                raise OptionError(says, hint=f"{name}={known[0]} is the default")
+        if not 0 <= self.hot <= 1:
+            raise OptionError(f"the hot region cannot have {self.hot:g} of the cache", hint="0 to 1")
+        if not 1 <= self.cluster <= 1 << 16:
+            raise OptionError(f"a cluster of {self.cluster} neurons cannot be", hint="1 to 65536")
+
+
+@dataclass(slots=True)
+class OffloadCount:
+    """What was read, hit and waited for, added up over FFNs.  Seconds of wall clock, but the stages'."""
+
+    wanted: int = 0
+    """Candidates: neurons that the predictor named."""
+    present: int = 0
+    """Of those, in memory when they were wanted."""
+    guessed: int = 0
+    """Neurons that look-ahead asked to be read."""
+    useful: int = 0
+    """Of those, wanted."""
+    prefetched_bytes: int = 0
+    """Read because of guesses, right or wrong."""
+    stream: StreamCount = field(default_factory=StreamCount)
+
+    @property
+    def bytes_read(self) -> int:
+        return self.stream.bytes_read + self.prefetched_bytes
+
+    def add(self, count: StreamCount) -> None:
+        total = self.stream
+        for name in StreamCount.__slots__:
+            setattr(total, name, getattr(total, name) + getattr(count, name))
+
+
+class OffloadedFfns:
+    """``Ffns`` over a neuron cache.  One token: neuron by neuron; many: dense, range by range.
+
+    After an error, or Ctrl-C, the cache is as good as before: what was not read is read when wanted next.
+    """
+
+    def __init__(
+        self, model: PiModel, backend: Backend, tier: StorageTier, predictor: Predictor,
+        cache: NeuronCache, options: OffloadOptions,
+    ) -> None:  # fmt: skip
+        arch = model.architecture
+        self.cache, self.options = cache, options
+        self.count = OffloadCount()
+        self.regions: Regions | None = None
+        self.notes: list[str] = []
+        """What the user should know: slower than could be, smaller than wise."""
+        self._predictor, self._backend = predictor, backend
+        self._spec = FfnSpec(model.geometry, arch.activation, arch.up_relu)
+        self._all = np.arange(arch.n_neurons, dtype=np.int32)
+        self.places = [model.ffn_place(ffn) for ffn in range(arch.n_layers)]
+        ranges = dense_ranges(model.geometry, arch.n_neurons)
+        self.reader = DenseReader(tier, self.places, ranges, model.geometry.stride)
+        self.pipeline = self._open_pipeline(tier, options)
+        ahead = isinstance(tier, SupportsAsyncRead)
+        if options.prefetch == "on" and not ahead:
+            raise OptionError(
+                f"storage {tier.name} cannot read ahead", hint="--storage ufs, or prefetch=auto"
+            )
+        self.lookahead = Lookahead(model, options.prefetch if ahead else "off")
+
+    def _open_pipeline(self, tier: StorageTier, options: OffloadOptions) -> FfnPipeline:
+        backend, cache = self._backend, self.cache
+        native = isinstance(backend, SupportsStreaming) and isinstance(tier, SupportsStorageAbi)
+        if options.pipeline == "native" and not native:
+            raise OptionError(
+                f"{backend.name} with {tier.name} has no native pipeline", hint="see pi2 plugins, or leave it"
+            )
+        if not native or options.pipeline == "python":
+            return PythonPipeline(
+                backend, tier, cache.slab, cache.states, cache.neurons, self._spec,
+                two_phase=options.two_phase, trace=options.trace,
+            )  # fmt: skip
+        assert isinstance(backend, SupportsStreaming)
+        assert isinstance(tier, SupportsStorageAbi)
+        return NativePipeline(
+            backend, backend.place_slab(cache.slab, cache.neurons, self._spec), cache.states,
+            tier.abi_address(), two_phase=options.two_phase, cluster=options.cluster, trace=options.trace,
+        )  # fmt: skip
+
+    def sparse(self, ffn: int, x: F32, rows: Ids | None, out: F32) -> int:
+        cache, total = self.cache, self.count
+        neurons = self._all if rows is None else rows
+        slots = cache.acquire(ffn, neurons)
+        total.wanted += len(neurons)
+        total.present += int(np.count_nonzero(cache.states[slots] == SlotState.PRESENT))
+        self._meet_guess(ffn, neurons)
+        self._guess_next(ffn, x, slots)
+        count = self.pipeline.ffn(self.places[ffn], neurons, slots, x, out)
+        total.add(count)
+        return count.active
+
+    def _guess_next(self, ffn: int, x: F32, slots: Ids) -> None:
+        """Start to read what FFN ``ffn + 1`` will probably want and does not have."""
+        likely = self.lookahead.guess(self._predictor, ffn, x)
+        if likely is None or len(likely) + len(slots) > self.cache.capacity:
+            return
+        neurons, where = self.cache.admit(ffn + 1, likely, slots)
+        self.pipeline.prefetch(self.places[ffn + 1], neurons, where)
+        self.lookahead.pending = ffn + 1, neurons
+        self.count.guessed += len(neurons)
+
+    def _meet_guess(self, ffn: int, neurons: Ids) -> None:
+        """Count what the guess was worth, and call back what it asked for in vain."""
+        if self.lookahead.pending is None:
+            return
+        guessed_ffn, guessed = self.lookahead.pending
+        self.lookahead.pending = None
+        right = np.isin(guessed, neurons) if guessed_ffn == ffn else np.zeros(len(guessed), np.bool_)
+        useful = int(np.count_nonzero(right))
+        self.count.useful += useful
+        self.count.prefetched_bytes += useful * self.cache.slab.shape[1]
+        wrong = self.cache.slots(guessed_ffn, guessed[~right])
+        wrong = wrong[wrong >= 0]
+        wrong_yet = wrong[self.cache.states[wrong] == SlotState.LOADING]
+        self.count.prefetched_bytes += self.pipeline.settle(wrong_yet, cancel=True)
+        self.cache.drop(wrong[self.cache.states[wrong] == SlotState.EMPTY])
+
+    def dense(self, ffn: int, chunks: Sequence[tuple[F32, F32]]) -> int:
+        active, begin = 0, time.perf_counter()
+        neurons, slots = self._likely_next(ffn, chunks[-1][0])
+        for first, bundles in self.reader.bundles(ffn):
+            placed = self._backend.place_ffn(bundles, self._spec)
+            try:
+                for x, out in chunks:
+                    active += add_range(self._backend, placed, x, out, None, first == 0)
+            finally:
+                self._backend.release(placed)
+            self._warm(neurons, slots, first, bundles)
+        self.count.stream.wall_s += time.perf_counter() - begin
+        return active
+
+    def _likely_next(self, ffn: int, x: F32) -> tuple[Ids, Ids]:
+        """Neurons that the last tokens of a prompt used, and slots for those that are not in memory."""
+        neurons = self._predictor.predict(ffn, np.ascontiguousarray(x[-_RECENT:]))
+        if neurons is None:
+            neurons = self._all[:0]
+        slots = self.cache.acquire(ffn, neurons)
+        absent = self.cache.states[slots] != SlotState.PRESENT
+        return neurons[absent], slots[absent]
+
+    def _warm(self, neurons: Ids, slots: Ids, first: int, bundles: U8) -> None:
+        """Copy what goes through memory anyway into the cache."""
+        here = slice(*np.searchsorted(neurons, (first, first + len(bundles))))
+        self.cache.slab[slots[here]] = bundles[neurons[here] - first]
+        self.cache.states[slots[here]] = SlotState.PRESENT
+
+    def take_count(self) -> OffloadCount:
+        """What happened since the last call."""
+        taken, self.count = self.count, OffloadCount()
+        taken.add(self.reader.take_count())
+        return taken
+
+    def close(self) -> None:
+        """End all reads and give the slab back."""
+        self.reader.stop()
+        self.pipeline.close()

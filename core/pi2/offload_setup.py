@@ -1,0 +1,129 @@
+"""Opening a model whose FFN weights stay on flash: the budget, the regions, the hot neurons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pi2.api import Backend, CachePolicy, Keys, Predictor, StorageTier
+from pi2.budget import Regions, slots_within, to_come, too_small
+from pi2.container.layout import DENSE, NEURONS
+from pi2.errors import BudgetError
+from pi2.memory import give_back_unused, rss_bytes, rss_peak_bytes
+from pi2.neuron_cache import NeuronCache, hottest
+from pi2.offload import OffloadedFfns, OffloadOptions
+from pi2.pipeline import bundle_ranges, read_ranges
+from pi2.powers import SlotState, SupportsAsyncRead, SupportsOffload
+from pi2.statistics_file import STATISTICS, Statistics
+
+if TYPE_CHECKING:
+    from pi2.container.reader import PiModel
+
+_STAGING = 8 << 20  # bytes read at once
+
+
+@dataclass(slots=True)
+class Offload:
+    """How a model on flash was opened."""
+
+    options: OffloadOptions
+    policy: CachePolicy
+    context: int
+    """Tokens of the KV cache, whose memory is part of the budget."""
+    chunk: int
+    """Tokens of a prompt that are computed at once."""
+
+
+def attach(model: PiModel, backend: Backend, predictor: Predictor, offload: Offload) -> None:
+    """``Predictor.attach`` under the budget.
+
+    Raises BudgetError before anything large is read, if the budget is certainly too small.
+    """
+    arch, g, memory = model.architecture, model.geometry, offload.options.memory
+    own = predictor.offloaded_bytes(model) if isinstance(predictor, SupportsOffload) else 0
+    if memory is not None:
+        fixed = rss_bytes() + model.manifest.files[DENSE].nbytes + own
+        fixed += to_come(arch, g, offload.context, offload.chunk)
+        minimum = max(fixed + arch.n_neurons * g.stride, rss_peak_bytes())
+        if memory < minimum:
+            hint = None
+            if own > minimum // 8:
+                share = f"{own / 10**6:.0f} MB of it are for the predictor {predictor.name}"
+                hint = f"{share}; a trained one needs less"
+            raise too_small(memory, minimum, hint)
+    if isinstance(predictor, SupportsOffload):
+        predictor.attach_offloaded(model, backend)
+    else:
+        predictor.attach(model, backend)
+    give_back_unused()
+
+
+def open_ffns(
+    model: PiModel, backend: Backend, tier: StorageTier, predictor: Predictor, offload: Offload
+) -> OffloadedFfns:
+    """The FFNs, once everything that stays in memory is there: the cache gets what is left of the budget.
+
+    Raises BudgetError, StorageError.
+    """
+    arch, g, options = model.architecture, model.geometry, offload.options
+    give_back_unused()
+    fixed = rss_bytes() + to_come(arch, g, offload.context, offload.chunk)
+    slots = min(options.slots or 1 << 62, arch.n_layers * arch.n_neurons)
+    if slots < arch.n_neurons:
+        raise BudgetError(f"{slots} slots cannot hold an FFN", hint=f"{arch.n_neurons} at least")
+    if options.memory is not None:
+        slots = slots_within(options.memory, arch, g, fixed)
+    notes: list[str] = []
+    hot = hot_neurons(model, int(options.hot * (slots - arch.n_neurons)), notes)
+    cache = NeuronCache(arch.n_layers, arch.n_neurons, g.stride, slots, offload.policy)
+    ffns = OffloadedFfns(model, backend, tier, predictor, cache, options)
+    cold = (slots - len(hot)) * g.stride
+    budget = options.memory or fixed + slots * g.stride
+    ffns.regions = Regions(budget, budget - len(hot) * g.stride - cold, len(hot) * g.stride, cold)
+    if not isinstance(tier, SupportsAsyncRead):
+        notes.append(f"storage {tier.name} reads through the page cache and nothing ahead: this is slow")
+    ffns.notes = notes
+    try:
+        _preload(ffns, tier, hot)
+    except BaseException:
+        ffns.close()
+        raise
+    return ffns
+
+
+def hot_neurons(model: PiModel, n: int, notes: list[str]) -> Keys:
+    """The ``n`` neurons that the model's statistics found most often active; none without statistics."""
+    path = model.path / STATISTICS
+    if n <= 0 or not path.exists():
+        return np.empty(0, np.int64)
+    counts = Statistics.load(path).counts
+    if counts is None:
+        return np.empty(0, np.int64)
+    arch = model.architecture
+    of_this = counts.model == model.manifest.files[NEURONS].sha256
+    if not of_this or counts.counts.shape[::2] != (arch.n_layers, arch.n_neurons):
+        notes.append(f"{STATISTICS} is of another model: no neurons are kept as hot")
+        return np.empty(0, np.int64)
+    return hottest(counts.counts[:, 0], n)
+
+
+def _preload(ffns: OffloadedFfns, tier: StorageTier, hot: Keys) -> None:
+    """Read the hot region: neighbours as one read, many at a time."""
+    cache = ffns.cache
+    slots = cache.keep(hot)
+    stride = cache.slab.shape[1]
+    step = max(1, _STAGING // stride)
+    for at in range(0, len(hot), step):
+        keys = hot[at : at + step]
+        staging = np.empty((len(keys), stride), np.uint8)
+        for ffn in np.unique(keys // cache.neurons).tolist():
+            mine = keys // cache.neurons == ffn
+            neurons = (keys[mine] % cache.neurons).astype(np.int32)
+            place = ffns.places[ffn]
+            first = int(np.flatnonzero(mine)[0])  # keys ascend, so an FFN's are neighbours
+            into = staging[first : first + len(neurons)].reshape(-1)
+            read_ranges(tier, place.file, bundle_ranges(place, neurons, stride, (0, stride)), into)
+        cache.slab[slots[at : at + step]] = staging
+    cache.states[slots] = SlotState.PRESENT

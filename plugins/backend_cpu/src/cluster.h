@@ -1,0 +1,50 @@
+// One token's FFN as a sum over ranges of neurons: of fixed ids, so the bits depend on nothing else.
+#pragma once
+#include <cstdint>
+
+#include "ffn.h"
+
+namespace pi2 {
+
+// What a call names: neurons ids[0 .. count), ascending, of which i lies in slot slots[i] of the bundles.
+struct Candidates {
+  const int32_t* ids;    // NULL: 0 .. count - 1
+  const int32_t* slots;  // NULL: likewise
+  int64_t count;
+
+  int64_t first_from(int64_t neuron) const;  // the first candidate whose id is not below
+};
+
+// Neurons in a range, of an FFN that has so many.
+int64_t range_size(int64_t neurons);
+
+// One call: h of the candidates, then each range's sum of its active neurons' down rows, then the sum of
+// these.
+class OneToken {
+ public:
+  // x, out (d_model); `f.count` neurons make up the FFN.
+  OneToken(pi2_cpu& cpu, const pi2_ffn& f, const Candidates& candidates, const float* x);
+
+  int64_t ranges() const { return ranges_; }
+  int64_t begin(int64_t range) const { return candidates_.first_from(range * size_); }
+  const uint8_t* bundle(int64_t i) const { return ::bundle(f_, candidates_.slots, i); }
+  // h of candidates [first, last) into hidden.
+  void activate(int64_t first, int64_t last);
+  // The down rows of [first, last), which are those of the range, in ascending order.
+  void add_down(int64_t range, int64_t first, int64_t last);
+  // out = the sum of all ranges in their order; returns the number of active neurons.
+  int64_t total(float* out);
+
+  float* hidden;  // (candidates)
+
+ private:
+  void dots(int32_t dtype, const uint8_t* const* rows, int64_t k, float* out) const;
+
+  pi2_cpu& cpu_;
+  const pi2_ffn& f_;
+  Candidates candidates_;
+  const float* x_;
+  int64_t size_, ranges_;
+};
+
+}  // namespace pi2

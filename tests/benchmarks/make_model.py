@@ -1,0 +1,109 @@
+"""Makes the 7B-shaped sparse model of the benchmarks, and a GGUF of the same weights for llama.cpp.
+
+PYTHONPATH=tests python tests/benchmarks/make_model.py DIRECTORY [--page 512] [--no-gguf] [--check]
+
+Writes DIRECTORY/model (pi2, q4_0, ReLU, with a predictor) and DIRECTORY/model.gguf.  The weights are
+random, yet the model is sparse like a real one: see ``sparse_source.py`` for how, and ``--check`` for the
+figures on text that it decodes itself, beside those of the real ReLU model.  llama.cpp computes SiLU
+where pi2 computes ReLU: of the GGUF only the speed means something.  Every dimension and knob of
+``sparse_source.Shape`` is an option.  Default directory: the user's cache.  A run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf_export import export
+from model_check import check
+from pi2.builtin.mmap_tier import MmapTier
+from pi2.container import FfnPredictor, Predictors, open_model, read_manifest, replace_file
+from pi2.container.layout import NEURONS, QuantPlan
+from pi2.container.predictors import PREDICTORS
+from pi2.convert import convert
+from pi2.tensor import Tensor
+from sparse_source import Shape, SparseSource
+
+CACHE = Path.home() / ".cache" / "pi2" / "benchmarks"
+
+
+def make(
+    directory: Path, shape: Shape, *, page: int = 4096, with_gguf: bool = True, margin: float = 0.0
+) -> Path:
+    """Make what is not there yet and return the path of the pi2 model."""
+    directory.mkdir(parents=True, exist_ok=True)
+    path, source = directory / "model", SparseSource(shape)
+    if not path.exists():
+        convert(source, path, QuantPlan.named("q4_0", embed="q4_0", head="q4_0"), _say, page=page)
+    elif dict(read_manifest(path).source) != dict(source.provenance):
+        raise SystemExit(f"{path} has another shape: remove it or choose another directory")
+    if PREDICTORS not in read_manifest(path).files:
+        replace_file(path, PREDICTORS, predictors(path, source, margin).save)
+    if with_gguf and not (directory / "model.gguf").exists():
+        tier = MmapTier()
+        export(open_model(path, tier, verify=False), directory / "model.gguf")
+        tier.close()
+    return path
+
+
+def predictors(path: Path, source: SparseSource, margin: float) -> Predictors:
+    """fc1 is +B and -B, so that ReLU loses nothing; fc2 is +A and -A; its bias minus the thresholds.
+
+    Neurons are named whose gate is predicted above ``-margin``.
+    """
+    layers = {}
+    for layer in range(source.shape.layers):
+        gates = source.gates(layer)
+        fc1 = np.concatenate((gates.directions, -gates.directions))
+        fc2 = np.concatenate((gates.loads, -gates.loads), axis=1)
+        layers[layer] = FfnPredictor(
+            Tensor.from_f32(fc1, "q4_0"),
+            np.zeros(len(fc1), np.float32),
+            Tensor.from_f32(fc2, "q4_0"),
+            -gates.thresholds,
+            -margin,
+        )
+    made = {"made": "from the factors that the gates were generated from"}
+    return Predictors(read_manifest(path).files[NEURONS].sha256, layers, None, made)
+
+
+def _say(what: str, done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r{done / total:4.0%}  {what:40.40}")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("directory", type=Path, nargs="?", default=CACHE)
+    parser.add_argument("--page", type=int, default=4096, help="512: bundles lie 7168 bytes apart")
+    parser.add_argument("--no-gguf", action="store_true")
+    parser.add_argument("--margin", type=float, default=0.3, help="of the predictor, in deviations of a gate")
+    parser.add_argument("--check", action="store_true")
+    for field in dataclasses.fields(Shape):
+        kind: Any = type(field.default)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = _options()
+    shape = Shape(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Shape)})
+    start = time.perf_counter()
+    path = make(
+        options.directory, shape, page=options.page, with_gguf=not options.no_gguf, margin=options.margin
+    )
+    sys.stderr.write(f"\r{path}: {time.perf_counter() - start:.0f} s\n")
+    if options.check:
+        print(json.dumps(check(path), indent=1))
+
+
+if __name__ == "__main__":
+    main()
