@@ -32,17 +32,7 @@ def read_texts(paths: Sequence[Path], tokenizer: TextTokenizer, sequence: int) -
     """
     seen: dict[str, Path] = {}
     for path in paths:
-        data = _bytes(path)
-        sha256 = hashlib.sha256(data).hexdigest()
-        if sha256 in seen:
-            raise OptionError(f"{path} and {seen[sha256]} are the same text", hint="give each text once")
-        seen[sha256] = path
-        try:
-            text = data.decode()
-        except UnicodeDecodeError as e:
-            raise OptionError(
-                f"{path} is not UTF-8 at byte {e.start}", hint="convert it with iconv"
-            ) from None
+        sha256, text = read_text(path, seen)
         ids = np.array(tokenizer.encode(text, special=False, bos=False), np.int64)
         whole = len(ids) // sequence
         if not whole:
@@ -51,6 +41,22 @@ def read_texts(paths: Sequence[Path], tokenizer: TextTokenizer, sequence: int) -
                 hint="give a longer text, or join small files into one with cat",
             )
         yield TextFile(path, sha256, ids[: whole * sequence].reshape(whole, sequence))
+
+
+def read_text(path: Path, seen: dict[str, Path]) -> tuple[str, str]:
+    """SHA-256 and text of a file; enters it into ``seen``, the files by SHA-256.
+
+    Raises StorageError if it cannot be read, OptionError if it is not UTF-8 or one of ``seen``.
+    """
+    data = _bytes(path)
+    sha256 = hashlib.sha256(data).hexdigest()
+    if sha256 in seen:
+        raise OptionError(f"{path} and {seen[sha256]} are the same text", hint="give each text once")
+    seen[sha256] = path
+    try:
+        return sha256, data.decode()
+    except UnicodeDecodeError as e:
+        raise OptionError(f"{path} is not UTF-8 at byte {e.start}", hint="convert it with iconv") from None
 
 
 def opening(tokenizer: TextTokenizer) -> list[int]:

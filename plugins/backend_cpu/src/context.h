@@ -28,13 +28,18 @@ struct pi2_cpu {
   pi2::Pool pool;
   bool integer;
   QuantisedBatch batch;
-  std::vector<float> hidden;               // (n, k)
-  std::vector<float> sums;                 // (ranges, d): of the down rows of a range's active neurons
-  std::vector<int64_t> active;             // (ranges): how many those are
-  std::vector<std::vector<float>> slices;  // decoded weights, one buffer a chunk
-  std::vector<float> normed;               // (n, d)
-  std::vector<float> q, k, v;              // (n, heads * head_dim), as the matrices give them
-  std::vector<float> mixed;                // (n, heads * head_dim), what attention makes of the values
+  std::vector<float> hidden;           // (n, k)
+  std::vector<float> sums;             // (ranges, d): of the down rows of a range's active neurons
+  std::vector<int64_t> active;         // (ranges): how many those are
+  std::vector<uint8_t> tiles[3];       // x of many tokens, packed for each kind of panel
+  std::vector<uint8_t> any_active;     // (k): whether a neuron is active for any token
+  std::vector<int32_t> active_places;  // of these neurons among the k, and
+  std::vector<int32_t> chosen;         // their rows
+  std::vector<float> listed, sizes;    // h of many tokens, rearranged for down
+  std::vector<uint8_t> places, found;  // where they were, and how many there are
+  std::vector<float> normed;           // (n, d)
+  std::vector<float> q, k, v;          // (n, heads * head_dim), as the matrices give them
+  std::vector<float> mixed;            // (n, heads * head_dim), what attention makes of the values
 
   bool integers_for(int32_t dtype) const { return integer && (dtype == PI2_Q8_0 || dtype == PI2_Q4_0); }
   void quantise(const float* x, int64_t n, int64_t cols);
@@ -58,22 +63,11 @@ inline int64_t row_bytes(int32_t dtype, int64_t cols) {
   }
 }
 
-// A row of weights times one token, by integers or floats as the context and the format want.
-inline float dot(const pi2_cpu& cpu, int32_t dtype, const uint8_t* row, const float* x, int64_t t,
-                 int64_t cols) {
+// k rows of weights times one token (the quantised one is token 0), by integers or floats as the context and
+// the format want.
+inline void dot_rows(const pi2_cpu& cpu, int32_t dtype, const uint8_t* const* rows, int64_t k, const float* x,
+                     int64_t cols, float* out) {
   const auto type = static_cast<pi2::DType>(dtype);
-  if (cpu.integers_for(dtype)) return cpu.kernels->dot_quantised(type, row, cpu.batch.token(t), cols);
-  return cpu.kernels->dot(type, row, x + t * cols, cols);
-}
-
-// The same for tokens t .. t + count - 1, count <= kTokens, with the same bits.
-inline void dots(const pi2_cpu& cpu, int32_t dtype, const uint8_t* row, const float* x, int64_t t, int count,
-                 int64_t cols, float* out) {
-  if (count < pi2::kTokens || !cpu.integers_for(dtype)) {
-    for (int i = 0; i < count; ++i) out[i] = dot(cpu, dtype, row, x, t + i, cols);
-    return;
-  }
-  pi2::Quantised tokens[pi2::kTokens];
-  for (int i = 0; i < count; ++i) tokens[i] = cpu.batch.token(t + i);
-  cpu.kernels->dots_quantised(static_cast<pi2::DType>(dtype), row, tokens, cols, out);
+  if (cpu.integers_for(dtype)) cpu.kernels->dot_rows_quantised(type, rows, k, cpu.batch.token(0), cols, out);
+  else cpu.kernels->dot_rows(type, rows, k, x, cols, out);
 }

@@ -14,6 +14,9 @@ inline float activate(int32_t kind, float x) {
   }
 }
 
+// Whether the activation function makes exact zeros.
+inline bool has_zeros(const pi2_ffn& f) { return f.activation == PI2_RELU || f.activation == PI2_RELU2; }
+
 inline const uint8_t* bundle(const pi2_ffn& f, const int32_t* rows, int64_t i) {
   return f.bundles + (rows ? rows[i] : i) * f.stride;
 }

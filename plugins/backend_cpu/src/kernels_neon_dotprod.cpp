@@ -1,10 +1,12 @@
 // Built with -march=armv8.2-a+dotprod+fp16.
-#include "kernels-inl.h"
+#include "panels-inl.h"
+#include "panels_neon.h"
 #include "simd_neon.h"
 
 namespace pi2 {
 const Kernels* kernels_neon_dotprod() {
-  static constexpr Kernels table = Make<Neon>::table();
+  static constexpr Panels panels = MakePanels<Neon, NeonPanels>::table();
+  static constexpr Kernels table = Make<Neon>::table(&panels);
   return &table;
 }
 }  // namespace pi2

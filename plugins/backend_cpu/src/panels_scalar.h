@@ -1,0 +1,78 @@
+// Panels without vector instructions: the quants of 4 rows, and their scales as floats, column by column.
+#pragma once
+#include "panels.h"
+#include "simd_scalar.h"
+
+namespace pi2 {
+namespace {
+
+struct ScalarPanels {
+  static constexpr int kRows = 4;
+  struct Weights {
+    int8_t quants[kBlock][kRows];
+    float scales[kRows];
+  };
+  struct Tokens {
+    int8_t quants[kBlock][kTokens];
+    float scales[kTokens];
+  };
+  static constexpr int kBytesPanel = sizeof(Weights), kNibblesPanel = sizeof(Weights);
+  static constexpr int kBytesTile = sizeof(Tokens), kNibblesTile = sizeof(Tokens);
+
+  static void pack_bytes(const uint8_t* const* rows, int64_t cols, int64_t first, int64_t blocks,
+                         uint8_t* panel) {
+    Weights* to = reinterpret_cast<Weights*>(panel);
+    for (int64_t b = first; b < first + blocks; ++b, ++to)
+      for (int r = 0; r < kRows; ++r) {
+        for (int c = 0; c < kBlock; ++c) to->quants[c][r] = static_cast<int8_t>(rows[r][b * kBlock + c]);
+        to->scales[r] = Scalar::half(rows[r] + cols + 2 * b);
+      }
+  }
+
+  static void pack_nibbles(const uint8_t* const* rows, int64_t cols, int64_t first, int64_t blocks,
+                           uint8_t* panel) {
+    constexpr int kHalf = kBlock / 2;
+    Weights* to = reinterpret_cast<Weights*>(panel);
+    for (int64_t b = first; b < first + blocks; ++b, ++to)
+      for (int r = 0; r < kRows; ++r) {
+        for (int c = 0; c < kHalf; ++c) {
+          to->quants[c][r] = static_cast<int8_t>((rows[r][b * kHalf + c] & 15) - 8);
+          to->quants[c + kHalf][r] = static_cast<int8_t>((rows[r][b * kHalf + c] >> 4) - 8);
+        }
+        to->scales[r] = Scalar::half(rows[r] + cols / 2 + 2 * b);
+      }
+  }
+
+  static void pack_quants(Kind, const int8_t* const* quants, const float* const* scales, int64_t count,
+                          int64_t blocks, uint8_t* tile) {
+    Tokens* to = reinterpret_cast<Tokens*>(tile);
+    for (int64_t b = 0; b < blocks; ++b, ++to)
+      for (int t = 0; t < kTokens; ++t) {
+        for (int c = 0; c < kBlock; ++c)
+          to->quants[c][t] = t < count ? quants[t][b * kBlock + c] : static_cast<int8_t>(0);
+        to->scales[t] = t < count ? scales[t][b] : 0.0f;
+      }
+  }
+
+  // 16-bit products are no faster than floats here.
+  static constexpr decltype(Panels::pack_columns) kPackColumns = nullptr;
+  static constexpr decltype(Panels::pack_activations) kPackActivations = nullptr;
+
+  static void multiply_bytes(const uint8_t* panel, const uint8_t* tile, int64_t blocks, float* sums) {
+    const Weights* w = reinterpret_cast<const Weights*>(panel);
+    const Tokens* x = reinterpret_cast<const Tokens*>(tile);
+    for (int64_t b = 0; b < blocks; ++b, ++w, ++x)
+      for (int t = 0; t < kTokens; ++t)
+        for (int r = 0; r < kRows; ++r) {
+          int32_t dot = 0;
+          for (int c = 0; c < kBlock; ++c) dot += w->quants[c][r] * x->quants[c][t];
+          sums[t * kRows + r] += static_cast<float>(dot) * (w->scales[r] * x->scales[t]);
+        }
+  }
+  static void multiply_nibbles(const uint8_t* panel, const uint8_t* tile, int64_t blocks, float* sums) {
+    multiply_bytes(panel, tile, blocks, sums);
+  }
+};
+
+}  // namespace
+}  // namespace pi2
