@@ -50,15 +50,15 @@ inline int dot4(uint a, uint b, int c) {
 #if SUBGROUPS
 #define SHARED_ROOM
 #define share(v) const float4 shared_v = (v)
-#define shared(i)                                                                       \
+#define shared(i)                                                                        \
   (float4)(sub_group_broadcast(shared_v.s0, (i)), sub_group_broadcast(shared_v.s1, (i)), \
            sub_group_broadcast(shared_v.s2, (i)), sub_group_broadcast(shared_v.s3, (i)))
 #define my_lane get_sub_group_local_id()
 #else
 #define SHARED_ROOM __local float4 shared_room[LANES * SPLITS];
-#define share(v)                                                           \
-  barrier(CLK_LOCAL_MEM_FENCE);                                            \
-  shared_room[get_local_id(1) * LANES + get_local_id(0)] = (v);            \
+#define share(v)                                                \
+  barrier(CLK_LOCAL_MEM_FENCE);                                 \
+  shared_room[get_local_id(1) * LANES + get_local_id(0)] = (v); \
   barrier(CLK_LOCAL_MEM_FENCE)
 #define shared(i) shared_room[get_local_id(1) * LANES + (i)]
 #define my_lane get_local_id(0)

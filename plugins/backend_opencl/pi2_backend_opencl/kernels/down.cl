@@ -16,12 +16,14 @@ inline float8 load_eight(__global const uchar* row, int groups, int eight) {
 #endif
 }
 
-// out[t] = sum over i of h[t][i] * down[rows[i]]; down row r begins at r * stride + offset.  A work-item has eight
-// columns; split s adds the neurons starts[s] .. starts[s + 1), which are fixed ranges of ids: neurons with h = 0
-// change no bit.  Global size (groups * 4 rounded up to LANES, SPLITS, tokens / TOKENS rounded up).
+// out[t] = sum over i of h[t][i] * down[rows[i]]; down row r begins at r * stride + offset.  A work-item has
+// eight columns; split s adds the neurons starts[s] .. starts[s + 1), which are fixed ranges of ids: neurons
+// with h = 0 change no bit.  Global size (groups * 4 rounded up to LANES, SPLITS, tokens / TOKENS rounded
+// up).
 WAVE __kernel void add_down(__global const uchar* down, long stride, int offset, int groups,
-                            __global const float* h, int n, int tokens, __global const int* rows, int has_rows,
-                            int first_row, __global const int* starts, __global float* out, int accumulate) {
+                            __global const float* h, int n, int tokens, __global const int* rows,
+                            int has_rows, int first_row, __global const int* starts, __global float* out,
+                            int accumulate) {
   const int eight = get_global_id(0), split = get_local_id(1), t0 = get_global_id(2) * TOKENS;
   float8 sum[TOKENS];
   for (int t = 0; t < TOKENS; ++t) sum[t] = 0.0f;

@@ -13,8 +13,8 @@ inline float activate(int kind, float v) {
 
 // gate (tokens, n) becomes h; `active` counts what is not zero.  biases (neurons, 1 or 2) or none.
 __kernel void combine(__global float* gate, __global const float* up, int gated, int kind, int up_relu,
-                      __global const float* biases, int has_biases, __global const int* rows, int has_rows, int n,
-                      int tokens, __global int* active) {
+                      __global const float* biases, int has_biases, __global const int* rows, int has_rows,
+                      int n, int tokens, __global int* active) {
   const int i = get_global_id(0), t = get_global_id(1);
   __local int found;
   if (get_local_id(0) == 0) found = 0;

@@ -1,5 +1,5 @@
-// Rows of a matrix times activations.  A cluster is LANES rows; a group is 32 columns; PLANES 16-byte words hold
-// a row's weights of a group:
+// Rows of a matrix times activations.  A cluster is LANES rows; a group is 32 columns; PLANES 16-byte words
+// hold a row's weights of a group:
 //   words   uint4 [cluster][group][plane][lane]     scales   half [cluster][group][lane] (quantised formats)
 // so a wave that works on one cluster reads whole lines, and rows picked at random are right all the same.
 // DTYPE 2: q8_0, 3: q4_0, 1: f16, 0: f32.  TOKENS: tokens at a time.
@@ -38,7 +38,9 @@ inline float4 bytes_of(uint w) { return convert_float4(as_char4(w)); }
 inline float4 nibbles_of(uint w) { return convert_float4(as_uchar4(w & 0x0f0f0f0fu)) - 8.0f; }
 
 #if DTYPE == 1 && WEIGHTS != 0
-inline float4 halves_of(uint a, uint b) { return (float4)(convert_float2(as_half2(a)), convert_float2(as_half2(b))); }
+inline float4 halves_of(uint a, uint b) {
+  return (float4)(convert_float2(as_half2(a)), convert_float2(as_half2(b)));
+}
 #endif
 
 // The 32 weights of one row in a group, without their scale, in the order of the columns.
@@ -77,8 +79,8 @@ inline float scale_of(__global const half* scales, int groups, int c, int g, int
 #endif
 }
 
-// y[t * y_stride + y_first + i] = row i . x[t], where row i is `rows[i] - first_row`, or i if there are no rows.
-// x (tokens, groups * 32).  Global size (n rounded up to LANES, SPLITS, tokens / TOKENS rounded up).
+// y[t * y_stride + y_first + i] = row i . x[t], where row i is `rows[i] - first_row`, or i if there are no
+// rows. x (tokens, groups * 32).  Global size (n rounded up to LANES, SPLITS, tokens / TOKENS rounded up).
 WAVE __kernel void rows_times(WEIGHTS_ARG, __global const half* scales, int groups, INPUTS_ARG, int tokens,
                               __global const int* rows, int has_rows, int first_row, int n, __global float* y,
                               int y_stride, int y_first) {
@@ -123,10 +125,10 @@ WAVE __kernel void rows_times(WEIGHTS_ARG, __global const half* scales, int grou
 
 #if DTYPE >= 2
 // The same for one token whose activations are bytes with a scale for each group; `sums` of a group's bytes.
-WAVE __kernel void rows_times_bytes(WEIGHTS_ARG, __global const half* scales, int groups, __global const uint* x,
-                                    __global const float* x_scales, __global const int* sums,
-                                    __global const int* rows, int has_rows, int first_row, int n,
-                                    __global float* y, int y_first) {
+WAVE __kernel void rows_times_bytes(WEIGHTS_ARG, __global const half* scales, int groups,
+                                    __global const uint* x, __global const float* x_scales,
+                                    __global const int* sums, __global const int* rows, int has_rows,
+                                    int first_row, int n, __global float* y, int y_first) {
   const int i = get_global_id(0), split = get_local_id(1);
   const int row = has_rows ? rows[min(i, n - 1)] - first_row : min(i, n - 1);
   const int c = row / LANES, lane = row % LANES;
