@@ -18,6 +18,7 @@ from pi2_backend_cpu import native
 from pi2_backend_cpu.streaming import Streaming
 
 _MISSING = "the kernels are missing: this wheel was built without a C++ compiler"
+_RUN_NATIVELY = ("avx2", "scalar")  # by us; the others only through SIMDe or under qemu-user
 _HINT = "install g++ or clang, then: python3 -m pip install --force-reinstall --no-deps ./plugins/backend_cpu"
 
 
@@ -73,7 +74,8 @@ class CpuBackend(Streaming, Backend):
         if library is None:
             return Probe(0, f"{_MISSING}; {_HINT}")
         best = native.instruction_sets(library)[0]
-        return Probe(20 if best == "scalar" else 100, f"{best} kernels")
+        how = "" if best in _RUN_NATIVELY else ", which we have tested by emulation only"
+        return Probe(20 if best == "scalar" else 100, f"{best} kernels{how}")
 
     def describe(self) -> str:
         return self._description
