@@ -158,6 +158,7 @@ class CpuBackend(Backend):
             len(x),
             keys.ctypes.data,
             values.ctypes.data,
+            native.DTYPES["f16" if keys.dtype == np.float16 else "f32"],
             keys.shape[1],
             start,
             cosines,

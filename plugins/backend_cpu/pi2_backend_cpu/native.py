@@ -72,7 +72,7 @@ def library() -> ctypes.CDLL | None:
         lib = ctypes.CDLL(str(path))
     rows = [c_void_p, c_int64]  # int32 numbers or NULL, and how many rows
     call = [c_void_p, c_int64, *rows, c_void_p]  # x, n, rows, out
-    cache = [c_void_p, c_void_p, c_int64, c_int64]  # keys, values, room, start
+    cache = [c_void_p, c_void_p, c_int32, c_int64, c_int64]  # keys, values, dtype, room, start
     attention = [c_void_p, c_int64, *cache, c_void_p, c_void_p, c_void_p]  # x, n, cosines, sines, out
     signatures: dict[str, tuple[object, list[object]]] = {
         "pi2_cpu_isas": (c_char_p, []),
