@@ -8,6 +8,10 @@ import resource
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from pi2.tensor import U8
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _STATM = Path("/proc/self/statm")
 
@@ -23,6 +27,13 @@ def parse_bytes(text: str) -> int:
     if power < 0 or (binary and not power) or not 0 < value < float("inf"):
         raise ValueError(text)
     return int(value * (1024**power if binary else 1000**power))
+
+
+def aligned_bytes(nbytes: int) -> U8:
+    """(nbytes,) uint8, not initialised, at a page boundary: direct reads then need no copy."""
+    raw = np.empty(nbytes + mmap.PAGESIZE, np.uint8)
+    start = -raw.ctypes.data % mmap.PAGESIZE
+    return raw[start : start + nbytes]
 
 
 def rss_bytes() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,11 +15,13 @@ from pi2.budget import Regions
 from pi2.errors import OptionError
 from pi2.ffns import add_range, dense_ranges
 from pi2.lookahead import Lookahead
+from pi2.memory import rss_bytes
 from pi2.neuron_cache import NeuronCache
 from pi2.pipeline import FfnPipeline, NativePipeline, PythonPipeline
 from pi2.powers import SlotState, StreamCount, SupportsAsyncRead, SupportsStorageAbi, SupportsStreaming
 from pi2.prefill import DenseReader
 from pi2.tensor import F32, U8, Ids
+from pi2.trace import TraceWriter
 
 if TYPE_CHECKING:
     from pi2.container.reader import PiModel
@@ -45,7 +48,8 @@ class OffloadOptions:
     """Neurons that are read and computed as one unit."""
     prefetch: str = "auto"
     """"on": guess the next layer's neurons while this one is computed; "auto": as long as it pays."""
-    trace: bool = False
+    trace: Path | None = None
+    """File to write what the pipeline did to, for Perfetto."""
 
     def __post_init__(self) -> None:
         for name, known in (("pipeline", ("auto", "native", "python")), ("prefetch", ("auto", "on", "off"))):
@@ -109,10 +113,9 @@ class OffloadedFfns:
         self.pipeline = self._open_pipeline(tier, options)
         ahead = isinstance(tier, SupportsAsyncRead)
         if options.prefetch == "on" and not ahead:
-            raise OptionError(
-                f"storage {tier.name} cannot read ahead", hint="--storage ufs, or prefetch=auto"
-            )
+            raise OptionError(f"storage {tier.name} cannot read ahead", hint="prefetch=auto does if it can")
         self.lookahead = Lookahead(model, options.prefetch if ahead else "off")
+        self.trace = TraceWriter(options.trace) if options.trace else None
 
     def _open_pipeline(self, tier: StorageTier, options: OffloadOptions) -> FfnPipeline:
         backend, cache = self._backend, self.cache
@@ -124,13 +127,14 @@ class OffloadedFfns:
         if not native or options.pipeline == "python":
             return PythonPipeline(
                 backend, tier, cache.slab, cache.states, cache.neurons, self._spec,
-                two_phase=options.two_phase, trace=options.trace,
+                two_phase=options.two_phase, trace=options.trace is not None,
             )  # fmt: skip
         assert isinstance(backend, SupportsStreaming)
         assert isinstance(tier, SupportsStorageAbi)
         return NativePipeline(
             backend, backend.place_slab(cache.slab, cache.neurons, self._spec), cache.states,
-            tier.abi_address(), two_phase=options.two_phase, cluster=options.cluster, trace=options.trace,
+            tier.abi_address(), two_phase=options.two_phase, cluster=options.cluster,
+            trace=options.trace is not None,
         )  # fmt: skip
 
     def sparse(self, ffn: int, x: F32, rows: Ids | None, out: F32) -> int:
@@ -201,12 +205,38 @@ class OffloadedFfns:
         self.cache.states[slots[here]] = SlotState.PRESENT
 
     def take_count(self) -> OffloadCount:
-        """What happened since the last call."""
+        """What happened since the last call, which was a token, or a prefill."""
         taken, self.count = self.count, OffloadCount()
         taken.add(self.reader.take_count())
+        if self.trace is not None:
+            self.trace.add(self.pipeline.spans())
+            if self.trace.failure:
+                self._note(self.trace.failure)
+        if taken.wanted > self.cache.capacity:
+            self._note(
+                f"the cache holds {self.cache.capacity} neurons, a token wants {taken.wanted}:"
+                " most of them are read again for every token"
+            )
+        self._stay_within_budget()
         return taken
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def _stay_within_budget(self) -> None:
+        """The fixed region was estimated; if that was too low, the cold region shrinks."""
+        cache, budget = self.cache, self.options.memory
+        excess = 0 if budget is None else rss_bytes() - budget
+        if excess > 0:
+            least = cache.n_hot + cache.neurons
+            cache.resize(max(least, cache.capacity - -(-excess // cache.slab.shape[1])))
+            if cache.capacity == least:
+                self._note("more memory than the budget is in use: the estimate of the minimum was too low")
 
     def close(self) -> None:
         """End all reads and give the slab back."""
         self.reader.stop()
         self.pipeline.close()
+        if self.trace is not None:
+            self.trace.close()

@@ -11,7 +11,7 @@ from pi2.api import Backend, CachePolicy, Keys, Predictor, StorageTier
 from pi2.budget import Regions, slots_within, to_come, too_small
 from pi2.container.layout import DENSE, NEURONS
 from pi2.errors import BudgetError
-from pi2.memory import give_back_unused, rss_bytes, rss_peak_bytes
+from pi2.memory import aligned_bytes, give_back_unused, rss_bytes, rss_peak_bytes
 from pi2.neuron_cache import NeuronCache, hottest
 from pi2.offload import OffloadedFfns, OffloadOptions
 from pi2.pipeline import bundle_ranges, read_ranges
@@ -117,7 +117,7 @@ def _preload(ffns: OffloadedFfns, tier: StorageTier, hot: Keys) -> None:
     step = max(1, _STAGING // stride)
     for at in range(0, len(hot), step):
         keys = hot[at : at + step]
-        staging = np.empty((len(keys), stride), np.uint8)
+        staging = aligned_bytes(len(keys) * stride).reshape(-1, stride)
         for ffn in np.unique(keys // cache.neurons).tolist():
             mine = keys // cache.neurons == ffn
             neurons = (keys[mine] % cache.neurons).astype(np.int32)

@@ -11,6 +11,7 @@ import numpy as np
 from pi2.api import Backend, FfnSpec, Ranges, StorageTier
 from pi2.errors import StorageError
 from pi2.gates import maybe_active
+from pi2.memory import aligned_bytes
 from pi2.powers import (
     SPANS,
     FfnPlace,
@@ -102,8 +103,10 @@ class PythonPipeline:
     ) -> None:  # fmt: skip
         self._backend, self._tier = backend, tier
         self._slab, self._states, self._spec = slab, states, spec
-        self._placed = backend.place_slab(slab, neurons, spec) if isinstance(backend, SupportsSlab) else None
+        self._slabs = backend if isinstance(backend, SupportsSlab) else None
+        self._placed = self._slabs.place_slab(slab, neurons, spec) if self._slabs else None
         self._head = head_bytes(spec) if two_phase else None
+        self._async = tier if isinstance(tier, SupportsAsyncRead) else None
         self._guesses: list[_Guess] = []
         self._trace = trace
         self._spans: list[tuple[int, int, int, int, int, float, float]] = []
@@ -157,7 +160,8 @@ class PythonPipeline:
             begin = time.perf_counter()
             chunk = slice(at, at + step)
             ranges = bundle_ranges(place, neurons[chunk], self._slab.shape[1], part)
-            staging = np.empty((len(neurons[chunk]), last - first), np.uint8)
+            n = len(neurons[chunk])
+            staging = aligned_bytes(n * (last - first)).reshape(n, last - first)
             read_ranges(self._tier, place.file, ranges, staging.reshape(-1))
             self._slab[slots[chunk], first:last] = staging
             self._states[slots[chunk]] = state
@@ -172,8 +176,8 @@ class PythonPipeline:
         if not len(neurons):
             out[:] = 0
             return 0
-        if isinstance(self._backend, SupportsSlab):
-            return self._backend.slab_ffn(self._placed, neurons, slots, x, out)
+        if self._slabs is not None:
+            return self._slabs.slab_ffn(self._placed, neurons, slots, x, out)
         placed = self._backend.place_ffn(self._slab[slots], self._spec)
         try:
             return self._backend.ffn(placed, x, out)
@@ -181,36 +185,45 @@ class PythonPipeline:
             self._backend.release(placed)
 
     def prefetch(self, place: FfnPlace, neurons: Ids, slots: Ids) -> None:
-        if not isinstance(self._tier, SupportsAsyncRead) or not len(neurons):
+        if self._async is None or not len(neurons):
             return
         stride = self._slab.shape[1]
-        data = np.empty((len(neurons), stride), np.uint8)
+        data = aligned_bytes(len(neurons) * stride).reshape(-1, stride)
         ranges = bundle_ranges(place, neurons, stride, (0, stride))
-        ticket = self._tier.submit(place.file, ranges, data.reshape(-1), priority=1)
+        ticket = self._async.submit(place.file, ranges, data.reshape(-1), priority=1)
         self._guesses.append(_Guess(ticket, slots, data))
         self._states[slots] = SlotState.LOADING
 
     def settle(self, slots: Ids | None = None, *, cancel: bool = False) -> int:
-        assert isinstance(self._tier, SupportsAsyncRead) or not self._guesses
         read, left = 0, []
-        for guess in self._guesses:
-            if slots is not None and not np.isin(guess.slots, slots).any():
+        while self._guesses:
+            guess = self._guesses.pop()
+            asked = None if slots is None else np.isin(guess.slots, slots)
+            if asked is not None and not asked.any():
                 left.append(guess)
                 continue
-            read += self._end(guess, cancel=cancel)
+            whole = asked is None or bool(asked.all())  # a guess is one ticket: it ends as a whole
+            try:
+                read += self._end(guess, cancel=cancel and whole)
+            except BaseException:
+                self._guesses += left
+                raise
         self._guesses = left
         return read
 
     def _end(self, guess: _Guess, *, cancel: bool) -> int:
         self._states[guess.slots] = SlotState.EMPTY
-        assert isinstance(self._tier, SupportsAsyncRead)
-        if cancel and not self._tier.poll(guess.ticket):
-            self._tier.cancel(guess.ticket)
+        assert self._async is not None  # else there were no guesses
+        if cancel and not self._async.poll(guess.ticket):
+            self._async.cancel(guess.ticket)
             return 0
         try:
-            self._tier.wait(guess.ticket)
+            self._async.wait(guess.ticket)
         except StorageError:  # only a guess: whoever needs these neurons reads them again and is told
             return 0
+        except KeyboardInterrupt:
+            self._async.cancel(guess.ticket)
+            raise
         self._slab[guess.slots] = guess.data
         self._states[guess.slots] = SlotState.PRESENT
         return guess.data.nbytes

@@ -11,6 +11,7 @@ import numpy as np
 
 from pi2.api import StorageTier
 from pi2.errors import StorageError
+from pi2.memory import aligned_bytes
 from pi2.powers import FfnPlace, StreamCount, SupportsAsyncRead
 from pi2.tensor import U8
 
@@ -109,9 +110,7 @@ class DenseReader:
         if self._free:
             return self._free.pop()
         self._made += 1
-        raw = np.empty(self._largest + 4096, np.uint8)
-        start = -raw.ctypes.data % 4096  # direct reads want their memory aligned
-        return raw[start : start + self._largest]
+        return aligned_bytes(self._largest)
 
     def _pieces(self, which: _Range) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
         ffn, first, last = which

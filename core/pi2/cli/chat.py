@@ -41,6 +41,8 @@ def command(
     policy: o.Policy = None,
     hot: o.Hot = None,
     offload: o.OffloadDetails = None,
+    trace: o.Trace = None,
+    verify: o.Verify = False,
 ) -> None:
     """Hold a conversation, one line a turn.
 
@@ -57,9 +59,14 @@ def command(
         seed=seed,
         max_tokens=max_tokens,
     )
-    placement = o.parse_offload(memory, policy, hot, offload)
     with o.open_engine(
-        model, backend=backend, storage=storage, predictor=predictor, context=context, offload=placement
+        model,
+        backend=backend,
+        storage=storage,
+        predictor=predictor,
+        context=context,
+        verify=verify,
+        offload=o.parse_offload(memory, policy, hot, offload, trace),
     ) as engine:
         Chat(engine, sampling, system).loop()
 

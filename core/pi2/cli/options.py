@@ -53,6 +53,14 @@ OffloadDetails = Annotated[
         " pipeline=auto|native|python.",
     ),
 ]
+Trace = Annotated[
+    Path | None,
+    typer.Option("--trace", help="Write what is read and computed when to this file, for Perfetto."),
+]
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Compare the checksum of every file first, however large."),
+]
 Context = Annotated[
     int | None,
     typer.Option("--context", min=1, help="Tokens of the KV cache; without it the model's maximum."),
@@ -132,6 +140,7 @@ def open_engine(
     storage: str | None = None,
     predictor: str | None = None,
     context: int | None = None,
+    verify: bool = False,
     offload: OffloadOptions | None = None,
 ) -> Engine:
     """The engine that the options describe; without ``model`` the environment's choice."""
@@ -145,6 +154,7 @@ def open_engine(
         storage=storage,
         predictor=predictor,
         context=context,
+        verify=verify or None,
         plugins=installed_plugins(),
         offload=offload,
     )
@@ -153,7 +163,11 @@ def open_engine(
 
 
 def parse_offload(
-    memory: str | None, policy: str | None, hot: float | None, details: str | None
+    memory: str | None,
+    policy: str | None,
+    hot: float | None,
+    details: str | None,
+    trace: Path | None = None,
 ) -> OffloadOptions | None:
     """What --memory and the options that need it mean; None without them.  Raises OptionError."""
     from pi2.engine import parse_choice
@@ -161,7 +175,7 @@ def parse_offload(
     from pi2.offload import OffloadOptions
     from pi2.options import parse_options
 
-    given = {"--policy": policy, "--hot": hot, "--offload": details}
+    given = {"--policy": policy, "--hot": hot, "--offload": details, "--trace": trace}
     if memory is None:
         for name, value in given.items():
             if value is not None:
@@ -177,4 +191,4 @@ def parse_offload(
     chosen = parse_options(OffloadOptions, settings)
     if hot is not None:
         chosen["hot"] = hot
-    return OffloadOptions(memory=size, policy=policy, **chosen)
+    return OffloadOptions(memory=size, policy=policy, trace=trace, **chosen)

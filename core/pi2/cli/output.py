@@ -55,9 +55,9 @@ def _rate(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} tokens/s"
 
 
-def print_notes(engine: Engine) -> None:
-    """What is slower or smaller than it should be, on stderr."""
-    for note in engine.notes:
+def print_notes(engine: Engine, told: int = 0) -> None:
+    """What is slower or smaller than it should be, on stderr; but for the first ``told`` notes."""
+    for note in engine.notes[told:]:
         say(f"warning: {note}")
 
 

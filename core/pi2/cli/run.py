@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pi2.cli import options as o
-from pi2.cli.output import print_json, print_run
+from pi2.cli.output import print_json, print_notes, print_run
 from pi2.errors import OptionError, StorageError
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def command(
     policy: o.Policy = None,
     hot: o.Hot = None,
     offload: o.OffloadDetails = None,
+    trace: o.Trace = None,
+    verify: o.Verify = False,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -78,24 +80,33 @@ def command(
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
     )
-    placement = o.parse_offload(memory, policy, hot, offload)
     with o.open_engine(
-        model, backend=backend, storage=storage, predictor=predictor, context=context, offload=placement
+        model,
+        backend=backend,
+        storage=storage,
+        predictor=predictor,
+        context=context,
+        verify=verify,
+        offload=o.parse_offload(memory, policy, hot, offload, trace),
     ) as engine:
         _answer(engine, _prompt_ids(engine, text, system, raw), sampling, json=json, quiet=quiet)
 
 
 def _answer(engine: Engine, ids: list[int], sampling: Sampling, *, json: bool, quiet: bool) -> None:
+    told = len(engine.notes)
     generation = engine.generate(ids, sampling)
-    setup = engine.setup()
-    setup["config"]["sampling"] = dataclasses.asdict(sampling)
     if json:
         for _ in generation:
             pass
+        interrupt = None
+    else:
+        interrupt = write_pieces(generation)
+    setup = engine.setup()
+    setup["config"]["sampling"] = dataclasses.asdict(sampling)
+    print_notes(engine, told)
+    if json:
         print_json(generation.stats.to_json(setup))
-        return
-    interrupt = write_pieces(generation)
-    if not quiet and generation.stats.tokens:
+    elif not quiet and generation.stats.tokens:
         print_run(generation.stats, setup)
     if interrupt:
         raise interrupt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,12 @@ from pi2.container.manifest import (
 )
 from pi2.container.safetensors_file import Entry, Header, parse_json, read_header
 from pi2.errors import FormatError, StorageError
+from pi2.memory import aligned_bytes
 from pi2.powers import FfnPlace, SupportsView
 from pi2.tensor import DTYPES, F32, U8, DType, Tensor
 
 VERIFY_UP_TO = 1 << 30  # bytes that are checksummed on opening without being asked: about a second
+_PIECE = 8 << 20  # bytes read at once for a checksum
 _SMALL = {"config.json": 1 << 20, "tokenizer.json": 1 << 28, "chat_template.jinja": 1 << 22}  # max bytes
 _HINT = "the model is incomplete or damaged: fetch or convert it again"
 
@@ -97,7 +100,7 @@ class PiModel:
     def _bytes(self, file: int, entry: Entry) -> U8:
         if self._views and isinstance(self._tier, SupportsView):
             return self._tier.view(file, entry.offset, entry.nbytes)
-        data = np.empty(entry.nbytes, np.uint8)
+        data = aligned_bytes(entry.nbytes)
         self._tier.read(file, np.array([[entry.offset, entry.nbytes]], np.int64), data)
         data.flags.writeable = False
         return data
@@ -138,7 +141,7 @@ def _open(path: Path, tier: StorageTier, verify: bool | None, views: bool) -> Pi
     headers = (_dense_header(path, architecture), neurons)
     if verified:
         for name in set(manifest.files) - set(_SMALL):
-            _check_sum(path, manifest, name)
+            _check_sum(path, manifest, name, None if views else tier)
     texts = (tokenizer, template)
     return PiModel(path, manifest, architecture, tier, headers, texts, verified, views=views)
 
@@ -150,9 +153,26 @@ def _check_sizes(path: Path, manifest: Manifest) -> None:
             raise FormatError(f"{name} has {size} bytes, not the {entry.nbytes} of {MANIFEST}")
 
 
-def _check_sum(path: Path, manifest: Manifest, name: str) -> None:
-    if describe_member(path, name) != manifest.files[name]:
+def _check_sum(path: Path, manifest: Manifest, name: str, tier: StorageTier | None = None) -> None:
+    """Through ``tier``, if given: what reads past the page cache then leaves nothing there."""
+    entry = manifest.files[name]
+    if tier is None:
+        right = describe_member(path, name) == entry
+    else:
+        right = _digest(tier, path / name, entry.nbytes) == entry.sha256
+    if not right:
         raise FormatError(f"the checksum of {name} is wrong")
+
+
+def _digest(tier: StorageTier, path: Path, nbytes: int) -> str:
+    """SHA-256 of a file of ``nbytes``."""
+    file, digest = tier.open_file(path), hashlib.sha256()
+    buffer = aligned_bytes(min(nbytes, _PIECE))
+    for at in range(0, nbytes, _PIECE):
+        piece = buffer[: nbytes - at]
+        tier.read(file, np.array([[at, len(piece)]], np.int64), piece)
+        digest.update(piece.data)
+    return digest.hexdigest()
 
 
 def _small(path: Path, manifest: Manifest, name: str) -> str | None:

@@ -11,7 +11,6 @@ constexpr int64_t kRanges = 32;  // enough to share out among threads evenly
 constexpr int64_t kSmallest =
     96;  // neurons in a range: its sum costs the memory traffic of about two of them
 constexpr int64_t kLargest = 512;
-constexpr int64_t kAhead = 2;       // candidates: a dot takes some 70 ns, memory some 100 ns
 constexpr int64_t kColumns = 1024;  // of the final sum, a task
 
 }  // namespace
@@ -36,15 +35,8 @@ OneToken::OneToken(pi2_cpu& cpu, const pi2_ffn& f, const Candidates& candidates,
   hidden = cpu.hidden.data();
 }
 
-// Dots of k rows with the token; memory is asked for rows ahead of their turn: they lie too far apart for the
-// hardware, which stops at the end of a page.
 void OneToken::dots(int32_t dtype, const uint8_t* const* rows, int64_t k, float* out) const {
-  const int64_t bytes = row_bytes(dtype, f_.d_model);
-  for (int64_t j = 0; j < k; ++j) {
-    if (j + kAhead < k)
-      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(rows[j + kAhead] + at);
-    out[j] = dot(cpu_, dtype, rows[j], x_, 0, f_.d_model);
-  }
+  dot_rows(cpu_, dtype, rows, k, x_, f_.d_model, out);
 }
 
 void OneToken::activate(int64_t first, int64_t last) {

@@ -65,22 +65,11 @@ inline int64_t row_bytes(int32_t dtype, int64_t cols) {
   }
 }
 
-// A row of weights times one token, by integers or floats as the context and the format want.
-inline float dot(const pi2_cpu& cpu, int32_t dtype, const uint8_t* row, const float* x, int64_t t,
-                 int64_t cols) {
+// k rows of weights times one token (the quantised one is token 0), by integers or floats as the context and
+// the format want.
+inline void dot_rows(const pi2_cpu& cpu, int32_t dtype, const uint8_t* const* rows, int64_t k, const float* x,
+                     int64_t cols, float* out) {
   const auto type = static_cast<pi2::DType>(dtype);
-  if (cpu.integers_for(dtype)) return cpu.kernels->dot_quantised(type, row, cpu.batch.token(t), cols);
-  return cpu.kernels->dot(type, row, x + t * cols, cols);
-}
-
-// The same for tokens t .. t + count - 1, count <= kTokens, with the same bits.
-inline void dots(const pi2_cpu& cpu, int32_t dtype, const uint8_t* row, const float* x, int64_t t, int count,
-                 int64_t cols, float* out) {
-  if (count < pi2::kTokens || !cpu.integers_for(dtype)) {
-    for (int i = 0; i < count; ++i) out[i] = dot(cpu, dtype, row, x, t + i, cols);
-    return;
-  }
-  pi2::Quantised tokens[pi2::kTokens];
-  for (int i = 0; i < count; ++i) tokens[i] = cpu.batch.token(t + i);
-  cpu.kernels->dots_quantised(static_cast<pi2::DType>(dtype), row, tokens, cols, out);
+  if (cpu.integers_for(dtype)) cpu.kernels->dot_rows_quantised(type, rows, k, cpu.batch.token(0), cols, out);
+  else cpu.kernels->dot_rows(type, rows, k, x, cols, out);
 }

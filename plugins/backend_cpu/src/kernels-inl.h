@@ -2,7 +2,7 @@
 //
 // V::F is kWidth floats.  Every translation unit that includes this sits in its own anonymous namespace and
 // includes no standard C++ header: code compiled for a new CPU must never be the copy that the linker keeps.
-#include "kernels.h"
+#include "quantised-inl.h"
 
 namespace pi2 {
 namespace {
@@ -44,12 +44,14 @@ struct Make {
     return value;
   }
 
+  // `ahead` is a row that will be wanted soon.
   template <DType D>
-  static float dot_of(const uint8_t* row, const float* x, int64_t cols) {
+  static float dot_of(const uint8_t* row, const uint8_t* ahead, const float* x, int64_t cols) {
     F sum[kVecs];
     for (auto& s : sum) s = V::zero();
     const int64_t blocks = cols / kBlock;
     for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t at = 0; at < bytes_of<D>(); at += 64) V::prefetch(ahead + b * bytes_of<D>() + at);
       F w[kVecs];
       block<D>(row, b, w);
       const F s = V::broadcast(scale<D>(row, b, cols));
@@ -64,12 +66,20 @@ struct Make {
     return total;
   }
 
-  static float dot(DType dtype, const uint8_t* row, const float* x, int64_t cols) {
+  template <DType D>
+  static void dot_rows_of(const uint8_t* const* rows, int64_t k, const float* x, int64_t cols, float* out) {
+    const int64_t distance = lead_of<D>(cols);
+    for (int64_t j = 0; j < k; ++j)
+      out[j] = dot_of<D>(rows[j], rows[j + distance < k ? j + distance : k - 1], x, cols);
+  }
+
+  static void dot_rows(DType dtype, const uint8_t* const* rows, int64_t k, const float* x, int64_t cols,
+                       float* out) {
     switch (dtype) {
-      case DType::kF32: return dot_of<DType::kF32>(row, x, cols);
-      case DType::kF16: return dot_of<DType::kF16>(row, x, cols);
-      case DType::kQ8_0: return dot_of<DType::kQ8_0>(row, x, cols);
-      default: return dot_of<DType::kQ4_0>(row, x, cols);
+      case DType::kF32: return dot_rows_of<DType::kF32>(rows, k, x, cols, out);
+      case DType::kF16: return dot_rows_of<DType::kF16>(rows, k, x, cols, out);
+      case DType::kQ8_0: return dot_rows_of<DType::kQ8_0>(rows, k, x, cols, out);
+      default: return dot_rows_of<DType::kQ4_0>(rows, k, x, cols, out);
     }
   }
 
@@ -228,67 +238,10 @@ struct Make {
     }
   }
 
-  // Blocks whose nibbles V meets together: their low halves come first in the shuffled order.
-  static void quantise(const float* x, int64_t cols, int8_t* quants, int8_t* shuffled, float* scales,
-                       float* offsets) {
-    const int64_t blocks = cols / kBlock;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const float* xb = x + b * kBlock;
-      F most = V::zero();
-      for (int i = 0; i < kVecs; ++i) most = V::max(most, V::abs(V::load(xb + i * W)));
-      const float largest = V::max_of(most);
-      if (!(largest < 3.4e38f)) {  // not finite: so is every product with this block
-        scales[b] = offsets[b] = __builtin_nanf("");
-        for (int i = 0; i < kBlock; ++i) quants[b * kBlock + i] = 0;
-        continue;
-      }
-      const float lift = largest < 1e-30f ? 0x1p100f : 1.0f;  // else the inverse of a tiny number is infinite
-      const float inverse = largest > 0 ? 127.0f / (largest * lift) : 0.0f;
-      int32_t rounded[kBlock], sum = 0;  // loops apart, without branches: the compiler makes vectors of them
-      for (int i = 0; i < kBlock; ++i) {
-        const float v = xb[i] * lift * inverse;
-        rounded[i] = static_cast<int32_t>(v + __builtin_copysignf(0.5f, v));
-      }
-      for (int i = 0; i < kBlock; ++i) sum += rounded[i];
-      for (int i = 0; i < kBlock; ++i) quants[b * kBlock + i] = static_cast<int8_t>(rounded[i]);
-      scales[b] = largest / 127.0f;
-      offsets[b] = -8.0f * scales[b] * static_cast<float>(sum);
-    }
-    shuffle(quants, blocks, shuffled);
-  }
-
-  // V::kPaired blocks at a time, while there are so many: first their low halves, then their high ones.
-  static inline void shuffle(const int8_t* quants, int64_t blocks, int8_t* shuffled) {
-    constexpr int kHalf = kBlock / 2;
-    int64_t b = 0;
-    for (; b + V::kPaired <= blocks; b += V::kPaired)
-      for (int j = 0; j < V::kPaired; ++j) {
-        int8_t* to = shuffled + b * kBlock + j * kHalf;
-        __builtin_memcpy(to, quants + (b + j) * kBlock, kHalf);
-        __builtin_memcpy(to + V::kPaired * kHalf, quants + (b + j) * kBlock + kHalf, kHalf);
-      }
-    __builtin_memcpy(shuffled + b * kBlock, quants + b * kBlock, (blocks - b) * kBlock);
-  }
-
-  static float dot_quantised(DType dtype, const uint8_t* row, const Quantised& x, int64_t cols) {
-    float dot;
-    dots_of<1>(dtype, row, &x, cols, &dot);
-    return dot;
-  }
-
-  template <int T>
-  static inline void dots_of(DType dtype, const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
-    if (dtype == DType::kQ4_0) V::template dots_q4<T>(row, x, cols, out);
-    else V::template dots_q8<T>(row, x, cols, out);
-  }
-
-  static void dots_quantised(DType dtype, const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
-    dots_of<kTokens>(dtype, row, x, cols, out);
-  }
-
   static constexpr Kernels table(const Panels* panels) {
-    return {V::kName, quantise, dot,         dot_quantised, dots_quantised,
-            add_rows, decode,   add_product, scores,        panels};
+    using Q = Quantising<V>;
+    return {V::kName,    Q::quantise, dot_rows, Q::dot_rows_quantised, add_rows, decode,
+            add_product, scores,      panels};
   }
 };
 

@@ -8,6 +8,7 @@ namespace pi2 {
 enum class DType : int32_t { kF32 = 0, kF16 = 1, kQ8_0 = 2, kQ4_0 = 3 };
 constexpr int kBlock = 32;  // weights that share a scale
 constexpr int kTokens = 4;  // at a time: with 2 sums each, and 8 temporaries, they fill 16 registers
+
 // One token's activations, quantised in blocks of kBlock as q8_0 does, for the integer kernels.
 struct Quantised {
   const int8_t* quants;    // (cols): in natural order, for q8_0 weights
@@ -16,6 +17,12 @@ struct Quantised {
   const float* offsets;    // (cols / 32): -8 * scale * sum of the block's quants, for q4_0 weights
 };
 
+// What four rows ask memory for while they are computed, to be wanted soon: at block b, lines of 64 bytes
+// from each of `parts` + b * step on, `stride` apart.
+struct Ahead {
+  const uint8_t* parts[4];
+  int64_t step, stride;
+};
 struct Panels;  // panels.h
 
 struct Kernels {
@@ -23,12 +30,13 @@ struct Kernels {
   // x (cols) -> quants, shuffled (cols), scales, offsets (cols / 32)
   void (*quantise)(const float* x, int64_t cols, int8_t* quants, int8_t* shuffled, float* scales,
                    float* offsets);
-  // Exact products: row of any format times float x (cols).
-  float (*dot)(DType dtype, const uint8_t* row, const float* x, int64_t cols);
-  // Row of q8_0 or q4_0 times quantised activations.
-  float (*dot_quantised)(DType dtype, const uint8_t* row, const Quantised& x, int64_t cols);
-  // The same for kTokens tokens at a time, with the same bits: the row is unpacked once.
-  void (*dots_quantised)(DType dtype, const uint8_t* row, const Quantised* x, int64_t cols, float* out);
+  // Exact products of k rows of any format with float x (cols).  Memory is asked for the rows ahead, and the
+  // bits of one do not depend on the others.
+  void (*dot_rows)(DType dtype, const uint8_t* const* rows, int64_t k, const float* x, int64_t cols,
+                   float* out);
+  // The same for rows of q8_0 or q4_0 and quantised activations.
+  void (*dot_rows_quantised)(DType dtype, const uint8_t* const* rows, int64_t k, const Quantised& x,
+                             int64_t cols, float* out);
   // y[0 .. cols) = sum over k of h[k] * rows[k][0 .. cols), added one by one behind y, or behind 0 if
   // `fresh`.
   void (*add_rows)(DType dtype, const uint8_t* const* rows, const float* h, int64_t k, int64_t cols,

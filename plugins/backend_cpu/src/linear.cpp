@@ -1,4 +1,4 @@
-// Matrix times activations, all rows or some.
+// Matrix times one token, all rows or some.
 #include <algorithm>
 
 #include "context.h"
@@ -18,22 +18,29 @@ void pi2_cpu::quantise(const float* x, int64_t n, int64_t cols) {
 
 namespace {
 
-// Rows claimed at a time: few enough to share out evenly, enough for claiming to cost nothing (about 10 us
-// of memory traffic).
-int64_t step_of(const pi2_matrix& w) {
-  return std::clamp<int64_t>((1 << 16) / std::max<int64_t>(w.row_bytes, 1), 4, 256);
+constexpr int64_t kMaxStep = 256;
+
+// Rows claimed at a time: large enough that claiming costs nothing and that prefetching seldom stops at an
+// end (128 KiB are some 6 us of memory traffic), small enough to share out evenly.
+int64_t step_of(const pi2_cpu& cpu, const pi2_cpu::Product& p) {
+  const int64_t memory = (1 << 17) / std::max<int64_t>(p.w->row_bytes, 1);
+  const int64_t share = p.n_rows / (8 * cpu.pool.size());
+  return std::clamp<int64_t>(std::min(memory, share), 8, kMaxStep) / 4 * 4;
 }
 
-int64_t chunks_of(const pi2_cpu::Product& p) {
-  const int64_t step = step_of(*p.w);
+int64_t chunks_of(const pi2_cpu& cpu, const pi2_cpu::Product& p) {
+  const int64_t step = step_of(cpu, p);
   return (p.n_rows + step - 1) / step;
 }
 
+// The weights pass by once, as fast as memory gives them.
 void multiply_chunk(const pi2_cpu& cpu, const pi2_cpu::Product& p, const float* x, int64_t chunk) {
   const pi2_matrix& w = *p.w;
-  const int64_t step = step_of(w), end = std::min(p.n_rows, (chunk + 1) * step);
-  for (int64_t j = chunk * step; j < end; ++j)
-    p.out[j] = dot(cpu, w.dtype, w.data + (p.rows ? p.rows[j] : j) * w.row_bytes, x, 0, w.cols);
+  const int64_t step = step_of(cpu, p), first = chunk * step, count = std::min(p.n_rows - first, step);
+  const uint8_t* rows[kMaxStep];
+  for (int64_t j = 0; j < count; ++j)
+    rows[j] = w.data + (p.rows ? p.rows[first + j] : first + j) * w.row_bytes;
+  dot_rows(cpu, w.dtype, rows, count, x, w.cols, p.out + first);
 }
 
 }  // namespace
@@ -44,12 +51,12 @@ void pi2_cpu::multiply(const float* x, int64_t n, const Product* products, int c
   int64_t chunks = 0;
   for (int i = 0; i < count; ++i) {
     integers |= integers_for(products[i].w->dtype);
-    chunks += chunks_of(products[i]);
+    chunks += chunks_of(*this, products[i]);
   }
   if (integers) quantise(x, 1, products->w->cols);
   pool.for_each(chunks, [&](int64_t chunk) {
     const Product* p = products;
-    for (; chunk >= chunks_of(*p); ++p) chunk -= chunks_of(*p);
+    for (; chunk >= chunks_of(*this, *p); ++p) chunk -= chunks_of(*this, *p);
     multiply_chunk(*this, *p, x, chunk);
   });
 }

@@ -2,7 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
-#include "kernels.h"
+#include "dots_x86.h"
 
 namespace pi2 {
 namespace {
@@ -75,107 +75,111 @@ struct Avx2 {
     return _mm256_cvtss_f32(max(v, _mm256_permute_ps(v, 0xb1)));
   }
 
-  static __m256i load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-  // Eight int32, each the sum of four products; u holds 0..15 or absolute values up to 127: no saturation.
-  static __m256i four(__m256i u, __m256i s) {
-    return _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1));
+  // For DotsX86: vectors of kLanes lanes of 16 bytes.
+  using I = __m256i;
+  static constexpr int kLanes = 2;
+
+  static I no_bytes() { return _mm256_setzero_si256(); }
+  static I load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const I*>(p)); }
+  static I load_lanes(const void* p, int) {  // fewer than two is one
+    return _mm256_zextsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  }
+  static I add(I a, I b) { return _mm256_add_epi32(a, b); }
+  static I add_pairs(I a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
+  static I pack(I a, I b) { return _mm256_packs_epi32(a, b); }
+  static I low32(I a, I b) { return _mm256_unpacklo_epi32(a, b); }
+  static I high32(I a, I b) { return _mm256_unpackhi_epi32(a, b); }
+  static I low64(I a, I b) { return _mm256_unpacklo_epi64(a, b); }
+  static I high64(I a, I b) { return _mm256_unpackhi_epi64(a, b); }
+  static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+
+  // Sums of the products of 8 nibbles, or of 4 bytes up to 127 in size: nothing saturates.
+  static I nibble_quads(I raw, I low, I high) {
+    I mask = _mm256_set1_epi8(15);
+    asm("" : "+x"(raw));  // one load into a register
+    asm("" : "+x"(mask));
+    const I first = _mm256_maddubs_epi16(_mm256_and_si256(raw, mask), low);
+    const I second = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(raw, 4), mask), high);
+    return add_pairs(_mm256_add_epi16(first, second));
+  }
+  static I signed_quads(I w, I x) {
+    return add_pairs(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)));
   }
 
-  // The first `count` floats or halves, zeros behind them; nothing beyond is read.
-  static F load_some(const float* p, int64_t count) {
-    static constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
-    return count >= 8 ? load(p) : _mm256_maskload_ps(p, load_bytes(kMask + 8 - count));
-  }
-  static F load_some_halves(const uint8_t* p, int64_t count) {  // of a row: 16 bytes before p are readable
-    if (count >= 8) return load_half(reinterpret_cast<const uint16_t*>(p));
+  // The first `count` of 8 halves of a row, zeros behind them; 16 bytes before p are readable.
+  template <bool Whole>
+  static __m128i halves(const uint8_t* p, int64_t count) {
+    if (Whole || count >= 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     static constexpr uint8_t kShift[32] = {0,   1,   2,   3,   4,   5,   6,   7,   8,   9,   10,
                                            11,  12,  13,  14,  15,  128, 128, 128, 128, 128, 128,
                                            128, 128, 128, 128, 128, 128, 128, 128, 128, 128};
     const int64_t ahead = 16 - 2 * count;
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p - ahead));
-    return _mm256_cvtph_ps(
-        _mm_shuffle_epi8(bytes, _mm_loadu_si128(reinterpret_cast<const __m128i*>(kShift + ahead))));
+    return _mm_shuffle_epi8(bytes, _mm_loadu_si128(reinterpret_cast<const __m128i*>(kShift + ahead)));
   }
-
-  // Nibbles of two blocks, or of an odd one at the end, times one token's shuffled quants.
-  static F dots_of(__m256i low, __m256i high, const int8_t* x) {
-    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, load_bytes(x)),
-                                           _mm256_maddubs_epi16(high, load_bytes(x + 32)));
-    return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-  }
-
-  template <int T>
-  struct Sums {
-    F even[T], odd[T], offset[T];
-  };
-
-  // Up to 8 blocks, whose scales fill a register.
-  template <int T>
-  [[gnu::always_inline]] static void add_blocks(const uint8_t* row, const uint8_t* row_scales,
-                                                const Quantised* x, int64_t b, int64_t here, Sums<T>& sums) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    const F weight_scales = load_some_halves(row_scales + 2 * b, here);
-    F scales[T];
-    for (int t = 0; t < T; ++t) {
-      scales[t] = mul(weight_scales, load_some(x[t].scales + b, here));
-      sums.offset[t] = fma(weight_scales, load_some(x[t].offsets + b, here), sums.offset[t]);
-    }
-    int64_t j = 0;
-    for (; j + 2 <= here; j += 2) {
-      const __m256i raw = load_bytes(row + (b + j) * 16);
-      const __m256i low = _mm256_and_si256(raw, mask);
-      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(raw, 4), mask);
-      const int s = static_cast<int>(j);
-      const __m256i places = _mm256_setr_epi32(s, s, s, s, s + 1, s + 1, s + 1, s + 1);
-      for (int t = 0; t < T; ++t) {
-        const F dots = dots_of(low, high, x[t].shuffled + (b + j) * kBlock);
-        F& sum = j & 2 ? sums.odd[t] : sums.even[t];
-        sum = fma(dots, _mm256_permutevar8x32_ps(scales[t], places), sum);
-      }
-    }
-    if (j < here) {  // an odd block at the end: its shuffled order is its own
-      const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + (b + j) * 16));
-      const __m256i nibbles = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(raw, 4), raw), mask);
-      const float scale = half(row_scales + 2 * (b + j));
-      for (int t = 0; t < T; ++t) {
-        const __m256i dots = four(nibbles, load_bytes(x[t].shuffled + (b + j) * kBlock));
-        sums.even[t] = fma(_mm256_cvtepi32_ps(dots), broadcast(scale * x[t].scales[b + j]), sums.even[t]);
-      }
+  // Of 4 rows' scales, w[s]: those of step s, lane by lane.
+  template <bool Q4, bool Whole>
+  static void four_halves(const uint8_t* const* p, int64_t here, F w[4]) {
+    __m128i h[4];
+    for (int r = 0; r < 4; ++r)
+      h[r] = !Q4 && Whole ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p[r]))
+                          : halves < Q4 && Whole > (p[r], here);
+    const __m128i first = _mm_unpacklo_epi16(h[0], h[1]), second = _mm_unpacklo_epi16(h[2], h[3]);
+    const F b01 = _mm256_cvtph_ps(_mm_unpacklo_epi32(first, second));
+    const F b23 = _mm256_cvtph_ps(_mm_unpackhi_epi32(first, second));
+    if constexpr (Q4) {
+      const __m128i third = _mm_unpackhi_epi16(h[0], h[1]), fourth = _mm_unpackhi_epi16(h[2], h[3]);
+      w[0] = b01;
+      w[1] = b23;
+      w[2] = _mm256_cvtph_ps(_mm_unpacklo_epi32(third, fourth));
+      w[3] = _mm256_cvtph_ps(_mm_unpackhi_epi32(third, fourth));
+    } else {  // both lanes of a step are halves of one block
+      w[0] = _mm256_permute2f128_ps(b01, b01, 0x00);
+      w[1] = _mm256_permute2f128_ps(b01, b01, 0x11);
+      w[2] = _mm256_permute2f128_ps(b23, b23, 0x00);
+      w[3] = _mm256_permute2f128_ps(b23, b23, 0x11);
     }
   }
-
-  // A row times T tokens: unpacked once, and each token's sum in the same order for every T.
-  template <int T>
-  static void dots_q4(const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
-    const int64_t blocks = cols / kBlock;
-    const uint8_t* row_scales = row + cols / 2;
-    Sums<T> sums;
-    for (int t = 0; t < T; ++t) sums.even[t] = sums.odd[t] = sums.offset[t] = zero();
-    int64_t b = 0;
-    for (; b + 8 <= blocks; b += 8) add_blocks(row, row_scales, x, b, 8, sums);
-    if (b < blocks) add_blocks(row, row_scales, x, b, blocks - b, sums);
-    for (int t = 0; t < T; ++t)
-      out[t] = sum(_mm256_add_ps(_mm256_add_ps(sums.even[t], sums.odd[t]), sums.offset[t]));
+  // A group's scales, lane by lane: element s of lane l belongs to that lane of step s.
+  static F lane_by_lane(F v) {
+    return _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
   }
-
-  template <int T>
-  static void dots_q8(const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
-    const int64_t blocks = cols / kBlock;
-    const uint8_t* row_scales = row + cols;
-    F sum0[T], sum1[T];
-    for (int t = 0; t < T; ++t) sum0[t] = sum1[t] = zero();
-    for (int64_t b = 0; b < blocks; ++b) {
-      const __m256i w = load_bytes(row + b * kBlock), size = _mm256_sign_epi8(w, w);
-      const float scale = half(row_scales + 2 * b);
-      for (int t = 0; t < T; ++t) {
-        const __m256i dots = four(size, _mm256_sign_epi8(load_bytes(x[t].quants + b * kBlock), w));
-        const F s = broadcast(scale * x[t].scales[b]);
-        if (b & 1) sum1[t] = fma(_mm256_cvtepi32_ps(dots), s, sum1[t]);
-        else sum0[t] = fma(_mm256_cvtepi32_ps(dots), s, sum0[t]);
-      }
+  template <bool Q4, bool Whole>
+  static F spread(const float* p, int64_t here) {
+    static constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    if constexpr (Q4) {
+      return lane_by_lane(Whole ? load(p) : _mm256_maskload_ps(p, load_bytes(kMask + 8 - here)));
+    } else {
+      const __m128i mask = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kMask + 8 - here));
+      const __m128 v = Whole ? _mm_loadu_ps(p) : _mm_maskload_ps(p, mask);
+      return _mm256_set_m128(v, v);
     }
-    for (int t = 0; t < T; ++t) out[t] = sum(_mm256_add_ps(sum0[t], sum1[t]));
   }
+  template <bool Q4, bool Whole>
+  static F spread_halves(const uint8_t* p, int64_t here) {
+    if constexpr (Q4) return lane_by_lane(_mm256_cvtph_ps(halves<Whole>(p, here)));
+    const __m128i h = Whole ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)) : halves<false>(p, here);
+    const __m128 v = _mm_cvtph_ps(h);
+    return _mm256_set_m128(v, v);
+  }
+  static void each(F v, F out[4]) {  // out[s]: element s of every lane, four times
+    out[0] = _mm256_permute_ps(v, 0x00);
+    out[1] = _mm256_permute_ps(v, 0x55);
+    out[2] = _mm256_permute_ps(v, 0xaa);
+    out[3] = _mm256_permute_ps(v, 0xff);
+  }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static void store_lane(float* out, F v) {  // the sum of the lanes
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
+  }
+  static float tree(F v) {  // each lane's sum, then theirs
+    v = add(v, _mm256_permute_ps(v, 0xb1));
+    v = add(v, _mm256_permute_ps(v, 0x4e));
+    return _mm_cvtss_f32(_mm_add_ss(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
+  }
+
+  template <bool Q4>
+  using Dots = DotsX86<Avx2, Q4>;
 };
 
 }  // namespace

@@ -112,14 +112,18 @@ struct Neon {
     }
     for (int t = 0; t < T; ++t) out[t] = vaddvq_f32(vaddq_f32(sum0[t], sum1[t]));
   }
-  template <int T>
-  static void dots_q4(const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
-    dots<true, T>(row, x, cols, out);
-  }
-  template <int T>
-  static void dots_q8(const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
-    dots<false, T>(row, x, cols, out);
-  }
+  template <bool Q4>
+  struct Dots {
+    static float one(const uint8_t* row, const Quantised& x, int64_t cols) {
+      float out;
+      dots<Q4, 1>(row, &x, cols, &out);
+      return out;
+    }
+    static void four_rows(const uint8_t* const* rows, const Ahead&, const Quantised& x, int64_t cols,
+                          float* out) {
+      for (int i = 0; i < 4; ++i) out[i] = one(rows[i], x, cols);
+    }
+  };
 };
 
 }  // namespace

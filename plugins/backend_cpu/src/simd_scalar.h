@@ -85,14 +85,16 @@ struct Scalar {
     return total;
   }
 
-  template <int T>
-  static void dots_q4(const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
-    for (int t = 0; t < T; ++t) out[t] = dot_q4(row, x[t], cols);
-  }
-  template <int T>
-  static void dots_q8(const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
-    for (int t = 0; t < T; ++t) out[t] = dot_q8(row, x[t], cols);
-  }
+  template <bool Q4>
+  struct Dots {
+    static float one(const uint8_t* row, const Quantised& x, int64_t cols) {
+      return Q4 ? dot_q4(row, x, cols) : dot_q8(row, x, cols);
+    }
+    static void four_rows(const uint8_t* const* rows, const Ahead&, const Quantised& x, int64_t cols,
+                          float* out) {
+      for (int i = 0; i < 4; ++i) out[i] = one(rows[i], x, cols);
+    }
+  };
 };
 
 }  // namespace

@@ -87,6 +87,28 @@ def test_the_bits_do_not_depend_on_the_threads(seed, dtype, n, isa):
     assert len(set(results)) == 1
 
 
+@examples(40)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    dtype=st.sampled_from(DTYPES),
+    blocks=st.integers(1, 70),
+    isa=st.sampled_from(ISAS),
+)
+def test_the_bits_of_a_row_do_not_depend_on_its_neighbours(seed, dtype, blocks, isa):
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(1, 80))
+    weight = Tensor.from_f32(rng.standard_normal((count, 32 * blocks), np.float32), dtype)
+    x = rng.standard_normal((1, weight.cols), np.float32)
+    rows = np.flatnonzero(rng.random(count) < rng.random()).astype(np.int32)
+    backend = CpuBackend(threads=2, isa=isa)
+    placed = backend.place(weight)
+    everything, some = np.empty((1, count), np.float32), np.empty((1, len(rows)), np.float32)
+    backend.linear(placed, x, everything)
+    backend.linear(placed, x, some, rows)
+    backend.close()
+    assert some.tobytes() == everything[:, rows].tobytes()
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", ["q4_0", "q8_0"])
 def test_inputs_whose_inverse_is_infinite_are_rounded_like_any_others(isa, dtype):

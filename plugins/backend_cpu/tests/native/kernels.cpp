@@ -90,6 +90,27 @@ void linear_case(Random& r, const Context& c) {
     }
 }
 
+// A row's bits are its own, whichever rows are computed with it.
+void company_case(Random& r, const Context& c) {
+  const int32_t dtype = static_cast<int32_t>(r.below(4));
+  const int64_t cols = r.one_in(2) ? some_cols(r, true) : 32 * (1 + r.below(40));
+  const int64_t bytes = row_bytes(dtype, cols), all = r.pick<int64_t>({1, 4, 9, 40, 131});
+  Exact<uint8_t> weights(all * bytes, r.below(64));
+  for (int64_t i = 0; i < all; ++i) fill_row(r, dtype, cols, weights.data + i * bytes);
+  int64_t bad;
+  const Exact<float> x = inputs(r, 1, cols, &bad);
+  const Rows rows = some_rows(r, all);
+  const pi2_matrix matrix{weights.data, all, cols, bytes, dtype};
+  Exact<float> together(all, 0), chosen(rows.count, 0);
+  pi2_cpu_linear(c.cpu, &matrix, x.data, 1, nullptr, all, together.data);
+  pi2_cpu_linear(c.cpu, &matrix, x.data, 1, rows.data(), rows.count, chosen.data);
+  for (int64_t j = 0; j < rows.count; ++j) {
+    const float one = chosen.data[j], other = together.data[rows.at(j)];
+    if (std::memcmp(&one, &other, 4) != 0 && !(std::isnan(one) && std::isnan(other)))
+      fail(c.name + ": other rows changed bits");
+  }
+}
+
 // A random layout: parts in any format, at any 16 bytes, bundles back to back at any byte.
 pi2_ffn some_ffn(Random& r) {
   pi2_ffn f{};
@@ -172,6 +193,7 @@ void stress_kernels(int64_t cases) {
         Random r{std::mt19937(static_cast<uint32_t>(threads))};
         for (int64_t i = 0; i < cases; ++i) {
           linear_case(r, c);
+          company_case(r, c);
           ffn_case(r, c);
           if (i % 5 == 0) attention_case(r, c);
         }
