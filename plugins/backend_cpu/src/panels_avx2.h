@@ -7,6 +7,7 @@ namespace pi2 {
 namespace {
 
 struct Avx2Panels {
+  using V = Avx2;
   using I = __m256i;
   static constexpr int kRows = 16, kVecs = 2, kLanes = 8;
 

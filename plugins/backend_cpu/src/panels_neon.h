@@ -7,6 +7,7 @@ namespace pi2 {
 namespace {
 
 struct NeonPanels {
+  using V = Neon;
   static constexpr int kRows = 16, kVecs = 4, kLanes = 4;
 
   struct Weights {

@@ -7,6 +7,7 @@ namespace pi2 {
 namespace {
 
 struct ScalarPanels {
+  using V = Scalar;
   static constexpr int kRows = 4;
   struct Weights {
     int8_t quants[kBlock][kRows];

@@ -182,8 +182,11 @@ void ffn_case(Random& r, const Context& c) {
 
 }  // namespace
 
-void stress_kernels(int64_t cases) {
-  for (const auto& isa : instruction_sets())
+void stress_kernels(int64_t cases, const std::string& isa_prefix) {
+  int64_t matching = 0;
+  for (const auto& isa : instruction_sets()) {
+    if (isa.compare(0, isa_prefix.size(), isa_prefix) != 0) continue;
+    ++matching;
     for (const int32_t integer : {0, 1})
       for (const int32_t threads : {1, 3}) {
         pi2_cpu* cpu = pi2_cpu_open(threads, nullptr, isa.c_str(), integer);
@@ -200,6 +203,8 @@ void stress_kernels(int64_t cases) {
         pi2_cpu_close(cpu);
         std::printf("%s: %lld rounds\n", c.name.c_str(), static_cast<long long>(cases));
       }
+  }
+  if (matching == 0) fail("no instruction set begins with " + isa_prefix);
   if (pi2_cpu_open(1, nullptr, "none", 1) || pi2_cpu_open(0, nullptr, nullptr, 1))
     fail("opened what is not there");
 }
