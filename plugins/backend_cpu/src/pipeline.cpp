@@ -1,5 +1,7 @@
 #include "pipeline.h"
 
+#include <errno.h>
+
 #include <algorithm>
 
 namespace pi2 {
@@ -8,6 +10,7 @@ namespace {
 constexpr size_t kInFlight = 64;  // clusters: more than any device's queue holds
 constexpr double kScan = 30e-6;   // seconds between two looks at the reads while there is work
 constexpr double kNap = 50e-6;    // seconds that one thread sleeps for a read when there is none
+constexpr double kPatience = 1;   // seconds after which it sleeps for the oldest until the storage's deadline
 
 }  // namespace
 
@@ -216,6 +219,7 @@ void Pipeline::poll(Lock& lock, bool may_block) {
   std::vector<int64_t> tickets;
   for (const Unit& unit : in_flight_) tickets.push_back(unit.ticket);
   std::vector<Result> results(tickets.size());
+  const double began = in_flight_.front().start;
   lock.unlock();
   bool some = false;
   const auto look = [&](size_t i, double seconds) {
@@ -223,7 +227,7 @@ void Pipeline::poll(Lock& lock, bool may_block) {
     some |= results[i].code != PI2_STORAGE_PENDING;
   };
   for (size_t i = 0; i < tickets.size(); ++i) look(i, 0);
-  if (!some && may_block) look(0, kNap);
+  if (!some && may_block) look(0, now() - began > kPatience ? -1 : kNap);
   lock.lock();
   std::vector<Unit> over, still;
   for (size_t i = 0; i < in_flight_.size(); ++i) {  // others have only added to its end
@@ -273,6 +277,10 @@ void Pipeline::fail(const pi2_storage_failure& failure) {
   failed_ = true;
   failure_ = failure;
   waiting_.clear();
+  if (failure.code == ETIMEDOUT) {  // waiting for the others would take as long
+    s_.hangs = true;
+    in_flight_.clear();
+  }
   for (const Unit& unit : in_flight_) s_.abi->cancel(s_.abi->self, unit.ticket);
 }
 
@@ -289,5 +297,7 @@ void Pipeline::trace(const Unit& unit, Stage stage, uint8_t thread, int64_t neur
 extern "C" int32_t pi2_cpu_stream_ffn(pi2_stream* stream, const pi2_place* place, const int32_t* neurons,
                                       const int32_t* slots, int64_t k, const float* x, float* out,
                                       pi2_stream_count* count, pi2_storage_failure* failure) {
+  *failure = {ETIMEDOUT, -1};
+  if (stream->hangs) return ETIMEDOUT;
   return pi2::Pipeline(*stream, *place, {neurons, slots, k}, x).run(out, count, failure);
 }

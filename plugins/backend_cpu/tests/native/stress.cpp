@@ -1,5 +1,5 @@
 // Hammers the C interface under a sanitizer: `stress kernels [calls]` (address, undefined), `stress pool
-// [contexts]` (thread).
+// [contexts]` (thread), `stress streams [streams]` (both).
 #include "data.h"
 
 int main(int argc, char** argv) {
@@ -7,5 +7,6 @@ int main(int argc, char** argv) {
   const int64_t count = argc > 2 ? std::atoll(argv[2]) : 0;
   if (mode == "kernels" && count > 0) stress_kernels(count);
   else if (mode == "pool" && count > 0) stress_pool(count);
-  else fail("usage: stress kernels|pool COUNT");
+  else if (mode == "streams" && count > 0) stress_streams(count);
+  else fail("usage: stress kernels|pool|streams COUNT");
 }
