@@ -15,7 +15,9 @@ from pi2.container import open_model
 from pi2.engine import Engine
 from pi2.errors import FormatError, OptionError
 from pi2.evaluate import evaluate
+from pi2.offload import OffloadOptions
 from pi2.plugins import Plugins
+from pi2.powers import SupportsOffload
 from pi2.testing.backend import call_ffn, same_bits
 from pi2.testing.models import ffn_inputs, toy_architecture, write_toy_model
 from pi2.testing.strategies import generators
@@ -159,3 +161,19 @@ def test_a_model_without_predictors_says_how_to_get_them(tmp_path):
 def test_options_that_cannot_be_are_refused(options):
     with pytest.raises(OptionError):
         LowRankPredictor.open(options)
+
+
+def test_a_model_on_flash_counts_its_predictors_and_computes_the_same(path, tmp_path):
+    install(path, random_predictors(path, ARCH))
+    file = path / "predictors.safetensors"
+    ids = [256, *range(40, 60)]
+    found = []
+    for offload in (None, OffloadOptions(slots=ARCH.n_neurons)):
+        with Engine.open(path, predictor="lowrank", plugins=BUILTINS, offload=offload) as engine:
+            predictor = LowRankPredictor()
+            assert isinstance(predictor, SupportsOffload)
+            assert predictor.offloaded_bytes(engine.model) == file.stat().st_size
+            session = engine.session()
+            session.forward(ids)
+            found.append(session.forward([65]))
+    assert same_bits(*found)

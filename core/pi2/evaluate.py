@@ -18,6 +18,7 @@ from pi2.decoder import Decoder
 from pi2.engine import Engine
 from pi2.errors import OptionError
 from pi2.kv_cache import KvCache
+from pi2.powers import SupportsFootprint
 from pi2.tensor import F32, Ids
 from pi2.text_files import opening, read_texts
 
@@ -59,6 +60,9 @@ class LayerScore:
     """Named and active."""
     seconds: float = 0.0
     calls: int = 0
+    width: int = 0
+    nbytes: int = 0
+    """Of the predictor's own weights for this FFN, if it has some."""
 
     @property
     def density(self) -> float:
@@ -154,7 +158,7 @@ class Evaluation:
 
     def overall(self) -> LayerScore:
         """All layers together."""
-        fields = ("total", "active", "named", "hits", "seconds", "calls")
+        fields = ("total", "active", "named", "hits", "seconds", "calls", "nbytes")
         return LayerScore(**{name: sum(getattr(score, name) for score in self.layers) for name in fields})
 
 
@@ -187,6 +191,9 @@ def evaluate(
         )
     work = _chosen(engine, paths, tokens, sequence, before)
     inner, meter = decoder.predictor, PredictorMeter(decoder.predictor, engine.model)
+    if isinstance(inner, SupportsFootprint):
+        for ffn, score in enumerate(meter.scores):
+            score.width, score.nbytes = inner.footprint(ffn)
     sparse, dense, seconds = Likelihood(), Likelihood(), 0.0
     passes = len(work) * sequence * 2 if against_dense else len(work) * sequence
     done = 0
@@ -207,6 +214,34 @@ def evaluate(
         sequence, len(work), len(sparse.likeliest), sparse, dense if against_dense else None,
         meter.scores, seconds,
     )  # fmt: skip
+
+
+def perplexity_loss(
+    decoder: Decoder,
+    predictor: Predictor,
+    sequences: NDArray[np.int64],
+    before: list[int],
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> float:
+    """By how much ``predictor``, attached, raises the perplexity of (n, tokens) ``sequences``, as a share.
+
+    Each sequence stands behind ``before``; both ways read one token at a time, as in :func:`evaluate`.
+    """
+    inner = decoder.predictor
+    found = (Likelihood(), Likelihood())
+    done, total = 0, 2 * sequences.size
+    try:
+        for ids in sequences:
+            whole = np.concatenate((np.array(before, np.int64), ids))
+            for likelihood, asked in zip(found, (predictor, ExactPredictor()), strict=True):
+                decoder.predictor = asked
+                _read(decoder, whole, likelihood)
+                done += len(ids)
+                progress("measuring what is lost", done, total)
+    finally:
+        decoder.predictor = inner
+    sparse, dense = found
+    return sparse.perplexity / dense.perplexity - 1
 
 
 def _chosen(

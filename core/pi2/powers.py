@@ -214,3 +214,12 @@ class SupportsStorageAbi(Protocol):
     def abi_address(self) -> int:
         """Address of a ``pi2_storage_abi`` (include/pi2_abi.h), valid until the tier is closed."""
         ...
+
+
+@runtime_checkable
+class SupportsFootprint(Protocol):
+    """Optional power of a predictor that holds weights of its own for an FFN."""
+
+    def footprint(self, ffn: int) -> tuple[int, int]:
+        """Width of its inner layer and bytes that a prediction reads; (0, 0) if it holds nothing."""
+        ...

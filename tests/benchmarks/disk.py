@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 SEQUENTIAL_BYTES = 2 << 20
+SECTOR = 512  # direct reads are whole ones
 READERS = 32  # reads in flight
 
 
@@ -45,6 +46,6 @@ def speeds(path: Path, bundle: int, seconds: float = 2.0) -> dict[str, float]:
     """What the offloaded engine lives on; ``bundle``: bytes of a neuron."""
     return {
         "sequential_gb_s": read_gb_s(path, SEQUENTIAL_BYTES, seconds, ordered=True),
-        "random_bundle_gb_s": read_gb_s(path, bundle, seconds, ordered=False),
+        "random_bundle_gb_s": read_gb_s(path, -(-bundle // SECTOR) * SECTOR, seconds, ordered=False),
         "random_4096_gb_s": read_gb_s(path, 4096, seconds, ordered=False),
     }

@@ -159,7 +159,10 @@ def main(options: argparse.Namespace) -> None:
             if options.minutes and time.perf_counter() - begun > 60 * options.minutes:
                 raise SystemExit(f"stopped after {options.minutes} minutes, before {name} of repeat {repeat}")
             load = os.getloadavg()[0]
-            done[name] = bench.pieces[name]() | {"load_average_before": load}
+            try:
+                done[name] = bench.pieces[name]() | {"load_average_before": load}
+            except RuntimeError as e:  # a budget that is refused is a finding, too: it is said on stderr
+                done[name] = {"refused": str(e)}
             options.result.write_text(json.dumps(state))
     print(json.dumps(summary(state), indent=1))
 

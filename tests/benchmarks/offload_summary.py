@@ -26,12 +26,16 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def summary(state: dict[str, Any]) -> dict[str, Any]:
     """By piece, and ratios of pieces of the same repeat."""
-    repeats: list[Repeat] = [repeat for repeat in state["repeats"] if repeat]
+    repeats: list[Repeat] = [
+        {name: piece for name, piece in repeat.items() if "refused" not in piece}
+        for repeat in state["repeats"]
+    ]
     settle, prompt = state["settle"], state["prefill"]
     names = list(dict.fromkeys(name for repeat in repeats for name in repeat))
     report: dict[str, Any] = {
         "limit_bytes": state["limit_bytes"],
         "repeats": len(repeats),
+        "refused": sorted({n for r in state["repeats"] for n, piece in r.items() if "refused" in piece}),
         "pieces": {
             name: _piece(name, [r[name] for r in repeats if name in r], settle, prompt) for name in names
         },

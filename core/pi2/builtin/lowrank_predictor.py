@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pi2.api import Backend, ModelView, Predictor, Probe
-from pi2.container.predictors import FfnPredictor, Predictors, model_predictors
+from pi2.container.predictors import PREDICTORS, FfnPredictor, Predictors, model_predictors
 from pi2.errors import OptionError
 from pi2.tensor import F32, Ids
 
@@ -18,14 +16,30 @@ MAX_LOSS = 0.01
 """How much perplexity a lossy predictor may cost unasked: a share, as its training measured it."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    """A predictor on the backend, and the bound (neurons,) that a score must exceed."""
+class PlacedPredictor:
+    """The predictor of one FFN on a backend."""
 
-    fc1: Any
-    fc1_bias: F32
-    fc2: Any
-    bound: F32
+    def __init__(self, backend: Backend, layer: FfnPredictor, shift: float = 0.0) -> None:
+        self.bound: F32 = np.float32(layer.threshold) + np.float32(shift) - layer.fc2_bias
+        """(neurons,): what ``scores`` of a neuron must exceed for it to be named."""
+        self._backend, self._bias = backend, layer.fc1_bias
+        self.width, self.nbytes, self._neurons = layer.width, layer.nbytes, layer.fc2.rows
+        self._fc1, self._fc2 = backend.place(layer.fc1), backend.place(layer.fc2)
+
+    def scores(self, x: F32) -> F32:
+        """(n, d) -> (n, neurons), without the outer bias."""
+        hidden = np.empty((len(x), self.width), np.float32)
+        self._backend.linear(self._fc1, x, hidden)
+        hidden += self._bias
+        np.maximum(hidden, 0, out=hidden)
+        scores = np.empty((len(x), self._neurons), np.float32)
+        self._backend.linear(self._fc2, hidden, scores)
+        return scores
+
+    def release(self) -> None:
+        """Free what the backend holds."""
+        self._backend.release(self._fc1)
+        self._backend.release(self._fc2)
 
 
 class LowRankPredictor(Predictor):
@@ -45,10 +59,9 @@ class LowRankPredictor(Predictor):
             raise OptionError(f"shift is {shift}, but is added to thresholds", hint="-1 names more, 1 fewer")
         if not max_loss >= 0:  # not a NaN either
             raise OptionError(f"max_loss is {max_loss}, but is a share", hint="0.01 allows 1 %")
-        self._shift, self._max_loss = np.float32(shift), max_loss
+        self._shift, self._max_loss = shift, max_loss
         self._file = None if file is None else Path(file).expanduser()
-        self._backend: Backend | None = None
-        self._placed: dict[int, _Placed] = {}
+        self._placed: dict[int, PlacedPredictor] = {}
         self._about = ""
 
     @classmethod
@@ -61,35 +74,39 @@ class LowRankPredictor(Predictor):
     def attach(self, model: ModelView, backend: Backend) -> None:
         found = model_predictors(model.path, model.architecture, self._file)
         self._check_loss(found)
-        self._backend, self._neurons = backend, model.architecture.n_neurons
-        self._placed = {number: self._place(layer) for number, layer in found.layers.items()}
+        self.use(found, backend)
+
+    def offloaded_bytes(self, model: ModelView) -> int:
+        """Of all predictors (powers.SupportsOffload): they stay in memory."""
+        file = self._file or model.path / PREDICTORS
+        return file.stat().st_size if file.is_file() else 0  # attach says what is wrong
+
+    def attach_offloaded(self, model: ModelView, backend: Backend) -> None:
+        """The same as ``attach`` (powers.SupportsOffload)."""
+        self.attach(model, backend)
+
+    def use(self, found: Predictors, backend: Backend) -> None:
+        """Ask these predictors, whatever they lose."""
+        self.close()
+        self._placed = {n: PlacedPredictor(backend, layer, self._shift) for n, layer in found.layers.items()}
         self._about = _figures(found)
 
     def predict(self, ffn: int, x: F32) -> Ids | None:
         placed = self._placed.get(ffn)
-        if placed is None or self._backend is None:
+        if placed is None:
             return None
-        hidden = np.empty((len(x), len(placed.fc1_bias)), np.float32)
-        self._backend.linear(placed.fc1, x, hidden)
-        hidden += placed.fc1_bias
-        np.maximum(hidden, 0, out=hidden)
-        scores = np.empty((len(x), self._neurons), np.float32)
-        self._backend.linear(placed.fc2, hidden, scores)
-        likely = ~(scores <= placed.bound)  # what is not a number is named
+        likely = ~(placed.scores(x) <= placed.bound)  # what is not a number is named
         union = likely[0] if len(x) == 1 else likely.any(axis=0)
         return np.flatnonzero(union).astype(np.int32)
 
+    def footprint(self, ffn: int) -> tuple[int, int]:
+        placed = self._placed.get(ffn)
+        return (0, 0) if placed is None else (placed.width, placed.nbytes)
+
     def close(self) -> None:
         for placed in self._placed.values():
-            assert self._backend is not None
-            self._backend.release(placed.fc1)
-            self._backend.release(placed.fc2)
+            placed.release()
         self._placed = {}
-
-    def _place(self, layer: FfnPredictor) -> _Placed:
-        assert self._backend is not None
-        bound = np.float32(layer.threshold) + self._shift - layer.fc2_bias
-        return _Placed(self._backend.place(layer.fc1), layer.fc1_bias, self._backend.place(layer.fc2), bound)
 
     def _check_loss(self, found: Predictors) -> None:
         if found.loss is not None and found.loss > self._max_loss:

@@ -26,6 +26,7 @@ from pi2.cli import (
     relufy,
     report,
     run,
+    train_predictor,
 )
 from pi2.cli.output import print_error
 from pi2.errors import Pi2Error
@@ -65,8 +66,10 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (run, chat, convert, inspect, collect, relufy, report, place, eval, plugins, doctor):
-    app.command(name=_module.__name__.rpartition(".")[2])(_module.command)
+_USE = (run, chat)
+_MAKE = (convert, inspect, collect, report, train_predictor, relufy, place, eval)
+for _module in (*_USE, *_MAKE, plugins, doctor):
+    app.command(name=_module.__name__.rpartition(".")[2].replace("_", "-"))(_module.command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -79,7 +79,11 @@ def describe(found: Evaluation, setup: dict[str, Any]) -> dict[str, Any]:
         "agreement": found.agreement,
         "tokens_per_s": _rate(found),
         **_figures(found.overall()),
-        "layers": [{"layer": layer, **_figures(score)} for layer, score in enumerate(found.layers)],
+        "predictor_bytes": found.overall().nbytes,
+        "layers": [
+            {"layer": layer, **_figures(score), "width": score.width, "predictor_bytes": score.nbytes}
+            for layer, score in enumerate(found.layers)
+        ],
         **setup,
     }
 
@@ -104,12 +108,18 @@ def _finite(value: float) -> float | None:
 
 
 def _print(found: Evaluation, setup: dict[str, Any]) -> None:
+    overall = found.overall()
+    trained = overall.nbytes > 0
     rows = [["layer", "density", "predicted", "recall", "precision", "predictor"]]
-    named = [*((str(i), s) for i, s in enumerate(found.layers)), ("mean", found.overall())]
+    rows[0] += ["width", "bytes"] if trained else []
+    named = [*((str(i), s) for i, s in enumerate(found.layers)), ("mean", overall)]
     for name, score in named:
         f = _figures(score)
         shares = [f"{f[k]:.2%}" for k in ("density", "predicted_density", "recall", "precision")]
         rows.append([name, *shares, f"{f['predictor_s'] * 1e6:.0f} us"])
+        if trained:
+            rows[-1] += [str(score.width or "-"), str(score.nbytes)]
+    rows[-1][0] = "all" if trained else "mean"
     print_table(rows)
     print()
     lines = [

@@ -50,6 +50,10 @@ class Checkpoint:
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As the file says.  KeyError for a name that is not there."""
+        return self._files[name][1].shape
+
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Refuse a tensor that is missing, of another shape, or of a type that is not taken over."""
         if name not in self._files:

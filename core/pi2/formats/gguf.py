@@ -81,11 +81,12 @@ class GgufFile:
     another version or holds a type of tensor that pi2 does not decode.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, powerinfer: bool = False) -> None:
+        """``powerinfer`` takes PowerInfer's files too, for what is in them beside the model."""
         self.path = path
         self._buffer = _map(path)
         reader = _Reader(self._buffer, path)
-        n_tensors, n_pairs = self._header(reader)
+        n_tensors, n_pairs = self._header(reader, powerinfer)
         self.metadata: dict[str, Any] = {}
         for _ in range(n_pairs):
             key = reader.string("the name of a metadata key", _MAX_NAME)
@@ -106,14 +107,14 @@ class GgufFile:
         raw = np.frombuffer(self._buffer, np.uint8, info.nbytes, info.offset)
         return raw.reshape(1 if len(info.shape) == 1 else info.shape[0], -1)
 
-    def _header(self, reader: _Reader) -> tuple[int, int]:
+    def _header(self, reader: _Reader, powerinfer: bool) -> tuple[int, int]:
         magic = bytes(self._buffer[:4])
-        if magic == POWERINFER_MAGIC:
+        if magic == POWERINFER_MAGIC and not powerinfer:
             raise UnsupportedModel(
                 f"{self.path.name} is a PowerInfer GGUF; its predictors and neuron order are not supported",
-                hint="convert the original Hugging Face model instead",
+                hint="convert the original Hugging Face model, then: pi2 train-predictor MODEL --from FILE",
             )
-        if magic != MAGIC:
+        if magic not in (MAGIC, POWERINFER_MAGIC):
             raise FormatError(f"{self.path.name} is not a GGUF file: it begins with {magic!r}")
         reader.at = 4
         version = reader.scalar("<I")

@@ -15,6 +15,7 @@ from pi2.rope import RopeTable
 from pi2.tensor import F32, U8, Ids, Tensor
 
 from pi2_backend_cpu import native
+from pi2_backend_cpu.streaming import Streaming
 
 _MISSING = "the kernels are missing: this wheel was built without a C++ compiler"
 _HINT = "install g++ or clang, then: python3 -m pip install --force-reinstall --no-deps ./plugins/backend_cpu"
@@ -38,7 +39,7 @@ class _PlacedAttention:
     arrays: list[F32 | U8]
 
 
-class CpuBackend(Backend):
+class CpuBackend(Streaming, Backend):
     """SIMD kernels on weights where they lie; the same bits whatever the number of threads.
 
     ``activations`` "int8": quantised weights meet activations rounded to 8 bits in blocks of 32, as in
@@ -94,22 +95,12 @@ class CpuBackend(Backend):
 
     def place_ffn(self, bundles: U8, spec: FfnSpec) -> _Placed:
         data = np.ascontiguousarray(bundles)
-        return _Placed(_ffn(data, len(data), spec), len(data), data)
+        return _Placed(native.ffn_of(data, len(data), spec), len(data), data)
 
     def ffn(self, ffn: _Placed, x: F32, out: F32, rows: Ids | None = None) -> int:
         n_rows, row_ids = _selection(ffn, rows)
         active: int = self._lib.pi2_cpu_ffn(
             self._cpu, ffn.struct, x.ctypes.data, len(x), row_ids, n_rows, out.ctypes.data
-        )
-        return active
-
-    def place_slab(self, slab: U8, neurons: int, spec: FfnSpec) -> _Placed:
-        return _Placed(_ffn(slab, neurons, spec), len(slab), slab)
-
-    def slab_ffn(self, slab: _Placed, neurons: Ids, slots: Ids, x: F32, out: F32) -> int:
-        k, ids = _selection(slab, neurons)
-        active: int = self._lib.pi2_cpu_slab_ffn(
-            self._cpu, slab.struct, x.ctypes.data, len(x), ids, slots.ctypes.data, k, out.ctypes.data
         )
         return active
 
@@ -170,24 +161,6 @@ def _matrix(weight: Tensor, data: U8) -> native.Matrix:
     """The C structure of ``weight``, whose bytes lie in ``data``, C-contiguous."""
     address, dtype = data.ctypes.data, native.DTYPES[weight.dtype]
     return native.Matrix(address, weight.rows, weight.cols, data.shape[1], dtype)
-
-
-def _ffn(bundles: U8, neurons: int, spec: FfnSpec) -> native.Ffn:
-    """The C structure of ``bundles`` (k, stride), of an FFN that has so many neurons."""
-    g = spec.geometry
-    places = g.segments()
-    return native.Ffn(
-        bundles=bundles.ctypes.data,
-        count=neurons,
-        stride=bundles.strides[0],
-        d_model=g.d_model,
-        gate=native.NO_DTYPE if g.gate is None else native.DTYPES[g.gate],
-        up=native.DTYPES[g.up],
-        down=native.DTYPES[g.down],
-        **{f"{name}_offset": places.get(name, (-1, 0))[0] for name in ("gate", "up", "down", "bias")},
-        activation=native.ACTIVATIONS[spec.activation],
-        up_relu=spec.up_relu,
-    )
 
 
 def _selection(placed: _Placed, rows: Ids | None) -> tuple[int, int | None]:

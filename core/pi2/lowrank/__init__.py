@@ -1,0 +1,1 @@
+"""Making the predictors that ``lowrank`` asks: training them on text, and importing those of others."""

@@ -1,0 +1,125 @@
+"""The best linear guess of an FFN's gates through few directions, without training.
+
+A gate is linear in its input x, so its sign is guessed well by a product of two thin matrices that is
+close to the gate matrix *on the inputs that occur*: the truncated SVD in the metric of their covariance.
+The same guess for every width is the first columns of one decomposition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi2.activity import Active, active_neurons
+from pi2.api import ModelView
+from pi2.tensor import F32
+
+_SHIFT = 3.0  # standard deviations that keep ReLU of the inner layer out of the way at the start
+_PROBIT = 1.7  # a normal distribution function is nearly the logistic function of 1.7 times its argument
+_LEAST_RESIDUAL = 0.05  # of a gate's deviation: no guess is taken for surer
+_LEAST_VARIANCE = 1e-5  # of the mean variance of the inputs: directions below it hold only noise
+_LABELLED_AT_ONCE = 1024  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """The weights of a predictor in float32: ``fc2 @ relu(fc1 @ x + b1) + b2`` is the logit of "active"."""
+
+    fc1: F32
+    b1: F32
+    fc2: F32
+    b2: F32
+
+    def scores(self, x: F32) -> F32:
+        """(n, d) -> (n, neurons)."""
+        hidden = np.maximum(x @ self.fc1.T + self.b1, 0)
+        scores: F32 = hidden @ self.fc2.T + self.b2
+        return scores
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedForm:
+    """Directions of the input in the order of what they say of the gates.
+
+    ``directions`` (d, d): on the centred input each gives a value of variance 1, uncorrelated;
+    ``loadings`` (neurons, d): what each says of a gate, in deviations of the gate; ``offset`` (neurons,):
+    the mean of the gate in its deviations; ``mean`` (d,) of the input.
+    """
+
+    directions: F32
+    loadings: F32
+    offset: F32
+    mean: F32
+
+    def layers(self, width: int) -> Layers:
+        """The predictor of this width, as logits."""
+        fc1, fc2 = self.directions[:width], self.loadings[:, :width]
+        residual = np.sqrt(np.maximum(1 - np.square(fc2).sum(axis=1), _LEAST_RESIDUAL**2))
+        sure = np.float32(_PROBIT) / residual[:, None]
+        fc2 = fc2 * sure
+        b1 = np.float32(_SHIFT) - fc1 @ self.mean
+        b2 = self.offset * sure[:, 0] - np.float32(_SHIFT) * fc2.sum(axis=1)
+        return Layers(fc1.copy(), b1, fc2, b2)
+
+
+def closed_form(model: ModelView, ffn: int, x: F32, active: Active) -> ClosedForm:
+    """For FFN number ``ffn`` and inputs x (n, d), of which ``active`` (n, neurons) tells what they fire."""
+    g = model.geometry
+    mean = x.mean(axis=0)
+    centred = (x - mean).astype(np.float64)
+    variance, axes = np.linalg.eigh(centred.T @ centred / len(x))
+    deviation = np.sqrt(np.maximum(variance, _LEAST_VARIANCE * max(float(variance.mean()), 1e-30)))
+    whole: NDArray[np.float64]
+    bundles = model.bundles(ffn)
+    if model.architecture.up_relu:  # both factors must be positive: lean on both alike
+        gate, _ = _standardised(g.unpack_segment(bundles, "gate"), axes, deviation)
+        up, _ = _standardised(g.unpack_segment(bundles, "up"), axes, deviation)
+        whole = gate + up
+        whole /= np.maximum(np.linalg.norm(whole, axis=1, keepdims=True), 1e-12)
+        rate = np.clip(active.mean(axis=0), 1e-3, 1 - 1e-3)
+        offset = np.log(rate / (1 - rate)) / _PROBIT
+    else:
+        rows = g.unpack_segment(bundles, "up" if g.gate is None else "gate")
+        whole, size = _standardised(rows, axes, deviation)
+        bias = g.unpack_segment(bundles, "bias")[:, 0] if g.biased else 0
+        offset = (rows @ mean + bias) / size
+    _, turn = np.linalg.eigh(whole.T @ whole)
+    turn = turn[:, ::-1]  # the largest first
+    directions = turn.T @ (axes / deviation).T
+    f32 = np.float32
+    return ClosedForm(directions.astype(f32), (whole @ turn).astype(f32), offset.astype(f32), mean)
+
+
+def _standardised(
+    rows: F32, axes: NDArray[np.float64], deviation: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Gate rows over the whitened axes, of length 1, and the gates' standard deviations (neurons,)."""
+    turned = rows.astype(np.float64) @ axes * deviation
+    size = np.maximum(np.linalg.norm(turned, axis=1), 1e-12)
+    return turned / size[:, None], size
+
+
+def labels(model: ModelView, ffn: int, x: F32) -> Active:
+    """``active_neurons`` for many tokens with little memory."""
+    parts = [
+        active_neurons(model, ffn, x[at : at + _LABELLED_AT_ONCE])
+        for at in range(0, len(x), _LABELLED_AT_ONCE)
+    ]
+    return np.concatenate(parts)
+
+
+def threshold_for(scores: F32, active: Active, recall: float) -> float:
+    """The largest threshold that at least ``recall`` of the active scores exceed."""
+    hits = scores[active]
+    if not len(hits):
+        return float(np.nextafter(scores.max(initial=0), np.inf, dtype=np.float32))
+    allowed = int((1 - recall) * len(hits))
+    lowest_named = np.partition(hits, allowed)[allowed]
+    return float(np.nextafter(lowest_named, np.float32(-np.inf)))
+
+
+def density_at(scores: F32, active: Active, recall: float) -> float:
+    """Share of the neurons that must be named for this recall."""
+    return float(np.mean(scores > np.float32(threshold_for(scores, active, recall))))

@@ -1,0 +1,260 @@
+"""Training the predictors of a model on text: collect inputs, choose widths, train layer by layer, measure.
+
+Everything that is finished lies in a directory of its own, so that a run that was stopped goes on there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+import pi2
+from pi2.builtin.lowrank_predictor import LowRankPredictor, PlacedPredictor
+from pi2.container.layout import NEURONS
+from pi2.container.predictors import FfnPredictor, Measured, Predictors
+from pi2.engine import Engine
+from pi2.errors import FormatError, OptionError, StorageError
+from pi2.evaluate import perplexity_loss
+from pi2.lowrank.closed_form import ClosedForm, Layers, closed_form, density_at, labels, threshold_for
+from pi2.lowrank.inputs import Corpus, Inputs, Progress, read_corpus
+from pi2.lowrank.widths import BUDGET, candidates, choose_widths, predictor_bytes
+from pi2.tensor import F32, DType, Tensor
+from pi2.thresholds import CALIBRATE_HINT
+
+_LOSS_TOKENS = 1024  # held out, read one by one for the perplexity
+_HIGHEST_RECALL = 0.9995
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """What is wanted of the predictors.  ``width`` None: by layer, within ``budget`` of the model's bytes."""
+
+    tokens: int = 16384
+    recall: float = 0.97
+    """Share of the active neurons that each layer's threshold must name on held-out text, at least."""
+    max_loss: float | None = 0.01
+    """Raise the recall until the perplexity rises by less than this share; None does not measure it."""
+    width: int | None = None
+    budget: float = BUDGET
+    dtype: DType = "q4_0"
+    seed: int = 0
+    steps: int = 150
+    """Of gradient descent, for every layer."""
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.recall <= _HIGHEST_RECALL:
+            raise OptionError(f"a recall of {self.recall:g} cannot be had", hint=f"0.5 to {_HIGHEST_RECALL}")
+        if self.width is not None and (self.width < 32 or self.width % 32):
+            raise OptionError(f"a width of {self.width} cannot be stored", hint="a multiple of 32, or auto")
+
+
+class Training:
+    """The training of one model's predictors; a context manager that holds the lock on ``directory``.
+
+    Call ``collect``, ``train`` and ``measure`` in this order.  An exception, also KeyboardInterrupt, keeps
+    what is done for the next run with the same model, texts and settings; ``discard`` removes it.
+    """
+
+    def __init__(
+        self, engine: Engine, paths: Sequence[Path], settings: TrainSettings, directory: Path
+    ) -> None:
+        if not engine.model.architecture.sparse:
+            raise OptionError(
+                f"{engine.model.architecture.activation} has no exact zeros: there is nothing to predict",
+                hint=f"for --predictor threshold {CALIBRATE_HINT}",
+            )
+        self.settings = settings
+        self._engine, self._model = engine, engine.model
+        self._arch, self._directory = engine.model.architecture, directory
+        predictor_bytes(settings.width or 32, self._arch.d_model, 1, settings.dtype)  # refuses odd widths
+        self.corpus: Corpus = read_corpus(engine, paths, settings.tokens)
+        self._layers: dict[int, FfnPredictor] = {}
+        self._lock = -1
+
+    def __enter__(self) -> Self:
+        self._lock = _locked(self._directory)
+        state = json.dumps(self._state(), indent=1)
+        place = self._directory / "settings.json"
+        if not place.exists() or place.read_text() != state:
+            for old in self._directory.iterdir():
+                old.unlink()
+            place.write_text(state)
+        self._inputs = Inputs(self._engine, self.corpus, self._directory)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+
+    def discard(self) -> None:
+        """Remove the directory and everything in it."""
+        shutil.rmtree(self._directory)
+
+    def collect(self, progress: Progress) -> None:
+        """Run the model over the texts; progress in tokens."""
+        self._inputs.collect(progress)
+
+    def train(self, progress: Progress) -> None:
+        """Choose the widths and train every layer; progress in layers, each of which is looked at twice."""
+        n = self._arch.n_layers
+        for layer, width in enumerate(self._choose_widths(progress)):
+            self._layers[layer] = self._kept(layer) or self._train_layer(layer, width)
+            progress(f"training layer {layer}", n + layer + 1, 2 * n)
+
+    def take(self, layers: Mapping[int, FfnPredictor]) -> None:
+        """In place of ``train``: predictors from elsewhere."""
+        self._layers = dict(layers)
+
+    def measure(self, progress: Progress) -> Predictors:
+        """Set the thresholds and measure what is lost with them; progress in tokens.
+
+        As long as more than ``max_loss`` is lost, twice as few active neurons are missed.
+        """
+        recall, found = self.settings.recall, self._calibrated(self.settings.recall)
+        while self.settings.max_loss is not None:
+            found.loss = self._loss(found, progress)
+            if found.loss <= self.settings.max_loss or (1 - recall) / 2 < 1 - _HIGHEST_RECALL:
+                break
+            recall = 1 - (1 - recall) / 2
+            found = self._calibrated(recall)
+        found.training["recall"] = f"{recall:g}"
+        return found
+
+    def _choose_widths(self, progress: Progress) -> list[int]:
+        n, s, d, neurons = self._arch.n_layers, self.settings, self._arch.d_model, self._arch.n_neurons
+        if s.width is not None:
+            return [s.width] * n
+        place = self._directory / "curves.json"
+        curves: list[dict[str, float]] = json.loads(place.read_text()) if place.exists() else []
+        for layer in range(len(curves), n):
+            form, (_, held), _, active = self._closed_form(layer)
+            shares = {w: density_at(form.layers(w).scores(held), active, s.recall) for w in candidates(d)}
+            curves.append({str(w): share * neurons for w, share in shares.items()})
+            _write(place, json.dumps(curves))
+            progress(f"looking at layer {layer}", layer + 1, 2 * n)
+        cost = {w: predictor_bytes(w, d, neurons, s.dtype) for w in candidates(d)}
+        named = [{int(w): count for w, count in curve.items()} for curve in curves]
+        return choose_widths(named, cost, self._model.geometry.stride, int(s.budget * self._model.nbytes))
+
+    def _closed_form(self, layer: int) -> tuple[ClosedForm, tuple[F32, F32], Any, Any]:
+        """The start, the inputs, and the active neurons of both parts of them."""
+        x, held = self._inputs.layer(layer)
+        active = labels(self._model, layer, x)
+        return closed_form(self._model, layer, x, active), (x, held), active, labels(self._model, layer, held)
+
+    def _train_layer(self, layer: int, width: int) -> FfnPredictor:
+        from pi2.lowrank.fit import FitSettings, fit
+
+        s, (form, (x, held), active, held_active) = self.settings, self._closed_form(layer)
+
+        def judge(found: Layers) -> float:
+            return density_at(_restored(_stored(found, s.dtype)).scores(held), held_active, s.recall)
+
+        seed = int(np.random.SeedSequence([s.seed, layer]).generate_state(1)[0])
+        packed = np.packbits(active, axis=1)
+        how = FitSettings(steps=s.steps)
+        made = _stored(fit(form.layers(width), x, packed, judge, s.dtype, seed, how), s.dtype)
+        fresh = self._directory / "layer.new"
+        Predictors(self._hash, {layer: made}).save(fresh)
+        fresh.replace(self._directory / f"layer-{layer}")
+        return made
+
+    def _kept(self, layer: int) -> FfnPredictor | None:
+        """What an earlier run trained."""
+        try:
+            return Predictors.load(self._directory / f"layer-{layer}", self._arch, self._hash).layers[layer]
+        except (FormatError, OSError, KeyError):
+            return None  # not there, or torn: it is trained again
+
+    def _calibrated(self, recall: float) -> Predictors:
+        """With thresholds for this recall, by what the backend computes on held-out inputs."""
+        backend, layers = self._engine.backend, {}
+        for number, layer in self._layers.items():
+            _, held = self._inputs.layer(number)
+            active = labels(self._model, number, held)
+            placed = PlacedPredictor(backend, layer)
+            scores = placed.scores(held) + layer.fc2_bias
+            placed.release()
+            threshold = threshold_for(scores, active, recall)
+            named = scores > np.float32(threshold)
+            hits = float((named & active).sum() / max(1, active.sum())) if active.any() else 1.0
+            figures = Measured(float(active.mean()), float(named.mean()), hits)
+            layers[number] = dataclasses.replace(layer, threshold=threshold, measured=figures)
+        return Predictors(self._hash, layers, None, {k: str(v) for k, v in self._state().items()})
+
+    def _loss(self, found: Predictors, progress: Progress) -> float:
+        predictor = LowRankPredictor()
+        predictor.use(found, self._engine.backend)
+        sequences = self.corpus.sequences[self.corpus.held_out]
+        wanted = max(1, _LOSS_TOKENS // sequences.shape[1])
+        try:
+            return perplexity_loss(
+                self._engine.decoder, predictor, sequences[:wanted], self.corpus.opening, progress
+            )
+        finally:
+            predictor.close()
+
+    @property
+    def _hash(self) -> str:
+        return self._model.manifest.files[NEURONS].sha256
+
+    def _state(self) -> dict[str, Any]:
+        """Everything that the result depends on, but for what ``measure`` does."""
+        s = self.settings
+        return {
+            "pi2": pi2.__version__,
+            "model": self._hash,
+            "backend": f"{self._engine.backend.name} {self._engine.backend.describe()}",
+            "texts": " ".join(self.corpus.texts),
+            "tokens": self.corpus.sequences.size,
+            "recall": s.recall,
+            "width": "auto" if s.width is None else s.width,
+            "budget": s.budget,
+            "dtype": s.dtype,
+            "seed": s.seed,
+            "steps": s.steps,
+        }
+
+
+def _stored(layers: Layers, dtype: DType) -> FfnPredictor:
+    fc1, fc2 = Tensor.from_f32(layers.fc1, dtype), Tensor.from_f32(layers.fc2, dtype)
+    return FfnPredictor(fc1, layers.b1.astype(np.float32), fc2, layers.b2.astype(np.float32), 0.0)
+
+
+def _restored(layer: FfnPredictor) -> Layers:
+    return Layers(layer.fc1.to_f32(), layer.fc1_bias, layer.fc2.to_f32(), layer.fc2_bias)
+
+
+def _write(place: Path, text: str) -> None:
+    fresh = place.with_name(f"{place.name}.new")
+    fresh.write_text(text)
+    fresh.replace(place)
+
+
+def _locked(directory: Path) -> int:
+    """Make the directory if need be and lock it against a second training; released when the fd closes."""
+    try:
+        directory.mkdir(exist_ok=True)
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as e:
+        hint = "write elsewhere with --out FILE"
+        raise StorageError(e.strerror or str(e), path=directory, hint=hint) from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise StorageError(
+            "another training is writing here", path=directory, hint="wait for it, or choose another --out"
+        ) from None
+    return fd
