@@ -57,6 +57,8 @@ inline int64_t quant_bytes(DType dtype, int64_t cols) { return dtype == DType::k
 
 const Kernels* kernels_scalar();
 const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_vnni();
 const Kernels* kernels_neon();
 const Kernels* kernels_neon_dotprod();
 
