@@ -1,55 +1,38 @@
-"""Calibration: cuts are quantiles, densities are met, losses are measured, a stopped run goes on."""
+"""Calibration: densities are met, losses are measured, a stopped run goes on."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pi2.builtin.exact_predictor import ExactPredictor
 from pi2.builtin.numpy_backend import NumpyBackend
-from pi2.calibrate import DENSITIES, Calibration, ProbedBackend, _bins, quantiles
+from pi2.calibrate import DENSITIES, Calibration
 from pi2.config import Settings
 from pi2.container import replace_file
+from pi2.container.layout import QuantPlan
+from pi2.convert import convert
+from pi2.divergence import Divergence
 from pi2.engine import Engine
 from pi2.errors import OptionError
 from pi2.evaluate import Likelihood, evaluate
 from pi2.kv_cache import KvCache
 from pi2.plugins import Plugins
+from pi2.probed_backend import ProbedBackend
 from pi2.statistics_file import STATISTICS, Statistics
-from pi2.testing.models import ffn_inputs, toy_architecture, write_toy_model
+from pi2.tensor import Tensor
+from pi2.testing.models import RandomSource, ffn_inputs, toy_architecture, write_toy_model
 from pi2.testing.predictor import MODELS, spec_of
 
 BUILTINS = Plugins.installed(Settings(plugins=frozenset()))
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.integers(0, 1 << 32), st.floats(0.01, 0.99))
-def test_a_cut_is_the_quantile_to_within_a_bin(seed, share):
-    rng = np.random.default_rng(seed)
-    scores = np.exp(rng.normal(0, 4, (2, 500))).astype(np.float32)
-    histograms = np.stack([np.bincount(_bins(row), minlength=1 << 13) for row in scores])
-    for row, cut in zip(scores, quantiles(histograms, share), strict=True):
-        below = (row < cut).mean()
-        assert below <= share + 1e-9
-        assert (row < cut * 1.03).mean() >= share - 0.02 or below >= share - 0.02
-
-
-def test_odd_scores_have_a_bin_and_zeros_alone_cut_nothing():
-    odd = np.array([0, 1e-38, 1e38, np.inf, np.nan], np.float32)
-    assert _bins(odd).tolist()[0] == 0
-    assert all(0 <= b < 1 << 13 for b in _bins(odd))
-    histogram = np.bincount(_bins(np.zeros(10, np.float32)), minlength=1 << 13)[None]
-    assert quantiles(histogram, 0.5) == [0]
-
-
 @pytest.mark.parametrize("kind", sorted(MODELS))
-def test_looking_into_a_backend_changes_nothing(tmp_path, kind):
+def test_looking_at_neurons_changes_nothing(tmp_path, kind):
     arch = toy_architecture(**MODELS[kind])
     with Engine.open(write_toy_model(tmp_path / "m", arch), plugins=BUILTINS) as engine:
         seen = []
         plain = NumpyBackend()
-        probed = ProbedBackend(plain, lambda ffn, gate, other, h: (seen.append(ffn), h)[1])
+        probed = ProbedBackend(lambda ffn, gate, other, h: (seen.append(ffn), h)[1])
         spec, x = spec_of(engine.model), ffn_inputs(arch, 5, np.random.default_rng(0))
         handles = [[b.place_ffn(engine.model.bundles(i), spec) for i in range(2)] for b in (plain, probed)]
         for i in (1, 0):
@@ -176,3 +159,34 @@ def test_too_little_text_or_context_is_refused(model, tmp_path):
         pytest.raises(OptionError, match="context of 2 is too small"),
     ):
         Calibration(engine, [tmp_path / "short"])
+
+
+def test_divergence_is_that_of_the_distributions_at_every_second_place():
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(0, 2, (2, 9, 30))
+    found = Divergence()
+    found.add(first, np.zeros(9))
+    found.begin()
+    found.add(second, np.zeros(9))
+    p, q = (np.exp(x) / np.exp(x).sum(axis=1, keepdims=True) for x in (first[::2], second[::2]))
+    assert found.nats == pytest.approx((p * np.log(p / q)).sum(axis=1).mean(), rel=1e-5)
+    found.begin()
+    found.add(first + 5, np.zeros(9))
+    assert found.nats == pytest.approx(0, abs=1e-6)
+
+
+def test_layers_that_matter_more_are_cut_less(tmp_path, texts):
+    """The second layer's neurons add nothing: it may lose them all before the first loses many."""
+
+    class Deaf(RandomSource):
+        def tensor(self, name):
+            found = super().tensor(name)
+            return Tensor.from_f32(found.to_f32() * 1e-3) if name == "layers.1.ffn.down.weight" else found
+
+    arch = toy_architecture(activation="silu", max_context=48)
+    path = convert(Deaf(arch), tmp_path / "deaf", QuantPlan.named("f32"))
+    with Engine.open(path, plugins=BUILTINS) as engine:
+        calibration = Calibration(engine, texts, 12 * 47)
+        calibration.run()
+    cuts = calibration.thresholds.curve("product").cuts
+    assert np.all(cuts[:, 1] > 3 * cuts[:, 0])

@@ -108,7 +108,8 @@ class ActivationCounts:
         """
         if self.kind != other.kind:
             raise FormatError(
-                "the statistics are of another model, or of other batch sizes or sequences", hint=MERGE_HINT
+                "the statistics are of another model, or of other batch sizes, sequences or density",
+                hint=MERGE_HINT,
             )
         both = set(self.texts) & set(other.texts)
         if both and not later:

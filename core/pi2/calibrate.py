@@ -13,16 +13,26 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from pi2.activations import activate
-from pi2.api import Backend, FfnSpec, Probe
+from pi2.allocation import (
+    BINS,
+    Histograms,
+    bounded,
+    energy_below,
+    energy_cuts,
+    greedy_cuts,
+    histogram,
+    uniform_cuts,
+)
 from pi2.builtin.exact_predictor import ExactPredictor
 from pi2.container.layout import NEURONS
 from pi2.decoder import Decoder
+from pi2.divergence import Divergence
 from pi2.engine import Engine
 from pi2.errors import OptionError
 from pi2.evaluate import Likelihood
 from pi2.kv_cache import KvCache
-from pi2.tensor import F32, U8, Ids, Tensor
+from pi2.probed_backend import ProbedBackend, Visit
+from pi2.tensor import F32
 from pi2.text_files import opening, read_texts
 from pi2.thresholds import RULES, Curve, Rule, Thresholds
 
@@ -32,64 +42,11 @@ TOKENS: Final = 3072
 """A third of them for the cuts, the rest for the losses."""
 _HOPELESS = 0.5  # loss behind which smaller densities of a rule are not judged any more
 _SHARE = 3  # every third sequence is for the cuts
-
-# Scores are counted in bins of 1/64 octave from 2^-64 on, so a cut is within 1.1 % of its quantile.
-_BINS, _PER_OCTAVE, _LOWEST = 1 << 13, 64, -64
-Histograms = NDArray[np.int64]
-Visit = Callable[[int, F32, F32, F32], F32]
-"""(number of the FFN, act(gate), the other factor or 1, their product), all (n, neurons) -> what to keep."""
+_PROBE = 0.01  # of a layer's energy is left out for that, where a density of one half leaves out zeros
 
 
-class ProbedBackend(Backend):
-    """Does what ``inner`` does, but FFNs in NumPy, and shows ``visit`` what every neuron computes.
-
-    The weights of an FFN are decoded by each call, one matrix at a time: give many tokens at once.
-    """
-
-    name = "probed"
-
-    def __init__(self, inner: Backend, visit: Visit) -> None:
-        self._inner, self.visit = inner, visit
-        self._placed = 0
-
-    @classmethod
-    def probe(cls) -> Probe:
-        return Probe(0, "looks into another backend's work; not to be chosen")
-
-    def place(self, weight: Tensor) -> object:
-        return self._inner.place(weight)
-
-    def linear(self, weight: Any, x: F32, out: F32, rows: Ids | None = None) -> None:
-        self._inner.linear(weight, x, out, rows)
-
-    def place_ffn(self, bundles: U8, spec: FfnSpec) -> object:
-        self._placed += 1  # FFNs are placed in their order
-        return self._placed - 1, bundles, spec
-
-    def ffn(self, ffn: Any, x: F32, out: F32, rows: Ids | None = None) -> int:
-        number, bundles, spec = ffn
-        gate, other = factors(bundles, spec, x)
-        h = self.visit(number, gate, other, gate * other)
-        np.matmul(h, spec.geometry.unpack_segment(bundles, "down"), out=out)
-        return int(np.count_nonzero(h))
-
-    def release(self, handle: Any) -> None:
-        self._inner.release(handle)
-
-
-def factors(bundles: U8, spec: FfnSpec, x: F32) -> tuple[F32, F32]:
-    """The two factors of every neuron, (n, d) -> two (n, neurons): act(gate) and up; act(up) and 1."""
-    g = spec.geometry
-    up = x @ g.unpack_segment(bundles, "up").T
-    bias = g.unpack_segment(bundles, "bias") if g.biased else None
-    if bias is not None:
-        up += bias[:, -1]
-    if g.gate is None:
-        return activate(spec, up), np.ones((1, 1), np.float32)
-    gate = x @ g.unpack_segment(bundles, "gate").T
-    if bias is not None:
-        gate += bias[:, 0]
-    return activate(spec, gate), np.maximum(up, 0) if spec.up_relu else up
+def _unchanged(ffn: int, gate: F32, other: F32, h: F32) -> F32:
+    return h
 
 
 class Calibration:
@@ -110,7 +67,7 @@ class Calibration:
                 f"there are {length} tokens of text, too few to calibrate with",
                 hint=f"give at least {2 * length}",
             )
-        self._backend = ProbedBackend(engine.backend, lambda ffn, gate, other, h: h)
+        self._backend = ProbedBackend(_unchanged)
         self._decoder = Decoder(engine.model, self._backend, ExactPredictor())
         self.thresholds = Thresholds(
             engine.model.manifest.files[NEURONS].sha256,
@@ -144,14 +101,14 @@ class Calibration:
             curve = curves[rule]
             while (k := curve.judged) < len(curve.densities) and curve.losses[:k].max(initial=0) <= _HOPELESS:
                 if dense is None:
-                    dense = self._perplexity("dense", lambda ffn, gate, other, h: h)
+                    dense = self._perplexity("dense", _unchanged)
                 visit = self._cutter(rule, curve.cuts[k])
                 what = f"{rule}, density {curve.densities[k]:.0%}"
                 curve.losses[k] = self._perplexity(what, visit) / dense - 1
                 checkpoint()
 
     def _find_cuts(self) -> None:
-        """Two readings of a part of the text: how large up values are, then all scores."""
+        """Read a part of the text: how large up values are, all scores, how much each layer minds."""
         arch, t = self._model.architecture, self.thresholds
         squares = np.zeros(t.weights.shape, np.float64)
 
@@ -164,17 +121,65 @@ class Calibration:
         for ffn in range(arch.n_layers):
             down = self._model.geometry.unpack_segment(self._model.bundles(ffn), "down")
             t.weights[ffn] = np.sqrt(squares[ffn] / count) * np.linalg.norm(down, axis=1)
-        histograms = {rule: np.zeros((arch.n_layers, _BINS), np.int64) for rule in RULES}
+        histograms = {rule: np.zeros((arch.n_layers, BINS), np.int64) for rule in RULES}
 
         def add_scores(ffn: int, gate: F32, other: F32, h: F32) -> F32:
             for rule, counted in histograms.items():
-                counted[ffn] += np.bincount(_bins(self._scores(rule, ffn, gate, h)), minlength=_BINS)
+                counted[ffn] += histogram(self._scores(rule, ffn, gate, h))
             return h
 
         self._read("scores", self._for_cuts, add_scores)
-        for rule, counted in histograms.items():
-            cuts = np.stack([quantiles(counted, 1 - density) for density in DENSITIES])
+        shares = [1 - density for density in DENSITIES]
+        even = {
+            rule: np.stack([uniform_cuts(h, share) for share in shares]) for rule, h in histograms.items()
+        }
+        even["product"] = self._shared_out(histograms["product"], even["product"])
+        for rule, cuts in even.items():
             t.curves[rule] = Curve(np.array(DENSITIES), cuts, np.full(len(DENSITIES), np.nan))
+
+    def _shared_out(self, histograms: Histograms, even: F32) -> F32:
+        """(densities, layers): densities shared out by sensitivity, by its root, or evenly, whatever diverges
+        least on another sequence.
+
+        For the rule "product" only: its score is what a neuron adds, so that its square is the harm.
+        """
+        sensitivity = bounded(self._sensitivity(histograms))
+        ways = {"even": even}
+        for name, power in (("greedy", 1.0), ("greedy, dampened", 0.5)):
+            ways[name] = np.stack([greedy_cuts(histograms, sensitivity**power, 1 - d) for d in DENSITIES])
+        middle = DENSITIES.index(0.5)
+        divergence = self._against_dense(self._for_cuts[-1:])
+        nats = {
+            name: divergence(f"density {DENSITIES[middle]:.0%}, {name}", cuts[middle])
+            for name, cuts in ways.items()
+        }
+        return ways[min(nats, key=lambda name: nats[name])]
+
+    def _sensitivity(self, histograms: Histograms) -> NDArray[np.float64]:
+        """(layers,): nats of divergence from the dense model for each unit of energy left out."""
+        cuts = uniform_cuts(histograms, 0.5)
+        cuts = np.where(cuts > 0, cuts, energy_cuts(histograms, _PROBE))
+        energies = energy_below(histograms, cuts)
+        divergence = self._against_dense(self._for_cuts[:1])
+        found = np.full(len(cuts), np.nan)
+        for ffn, energy in enumerate(energies):
+            alone = np.zeros_like(cuts)
+            alone[ffn] = cuts[ffn]
+            if energy > 0:
+                found[ffn] = divergence(f"sensitivity of layer {ffn}", alone) / energy
+        return found
+
+    def _against_dense(self, sequences: list[NDArray[np.int64]]) -> Callable[[str, F32], float]:
+        """A function (what to call it, cuts) -> nats by which predictions diverge, by the rule "product"."""
+        divergence = Divergence()
+        self._read("dense", sequences, _unchanged, divergence)
+
+        def measure(what: str, cuts: F32) -> float:
+            divergence.begin()
+            self._read(what, sequences, self._cutter("product", cuts), divergence)
+            return divergence.nats
+
+        return measure
 
     def _scores(self, rule: Rule, ffn: int, gate: F32, h: F32) -> F32:
         return np.abs(h) if rule == "product" else np.abs(gate) * self.thresholds.weights[ffn]
@@ -192,7 +197,11 @@ class Calibration:
         return likelihood.perplexity
 
     def _read(
-        self, what: str, sequences: list[NDArray[np.int64]], visit: Visit, score: Likelihood | None = None
+        self,
+        what: str,
+        sequences: list[NDArray[np.int64]],
+        visit: Visit,
+        score: Likelihood | Divergence | None = None,
     ) -> None:
         self._backend.visit = visit
         before = len(self._opening)
@@ -209,7 +218,9 @@ class Calibration:
     def _total(self) -> int:
         """Tokens of all readings, if none is hopeless."""
         judgements = len(RULES) * len(DENSITIES) + 1
-        return self._length * (2 * len(self._for_cuts) + judgements * len(self._for_losses))
+        probed = self._model.architecture.n_layers + 1 + 4  # one sequence each
+        whole = 2 * len(self._for_cuts) + probed + judgements * len(self._for_losses)
+        return self._length * whole
 
 
 def _spread(
@@ -220,23 +231,3 @@ def _spread(
     turns: Iterator[Any] = (ids for row in zip_longest(*(t.sequences for t in texts)) for ids in row)
     chosen = [ids for ids in turns if ids is not None][:wanted]
     return chosen, tuple(t.sha256 for t in texts)
-
-
-def _bins(scores: F32) -> NDArray[np.int64]:
-    with np.errstate(divide="ignore"):
-        octaves = np.log2(scores.ravel(), dtype=np.float32)
-    places = np.nan_to_num((octaves - _LOWEST) * _PER_OCTAVE, nan=_BINS, posinf=_BINS, neginf=0)
-    bins: NDArray[np.int64] = np.clip(places, 0, _BINS - 1).astype(np.int64)
-    return bins
-
-
-def quantiles(histograms: Histograms, share: float) -> F32:
-    """(layers, bins) -> (layers,): the score that ``share`` of a layer's scores lie below, or the bin above.
-
-    0 where nothing lies below, so that nothing is cut.
-    """
-    below = histograms.cumsum(axis=1)
-    wanted = share * below[:, -1:]
-    bins = (below <= wanted).sum(axis=1)  # bins that may be cut whole
-    edges = np.exp2(bins / _PER_OCTAVE + _LOWEST)
-    return np.where(bins > 0, edges, 0).astype(np.float32)

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi2.activation_counts import BATCHES, ActivationCounts, Sums
-from pi2.activity import open_factors
+from pi2.activity import Active, open_factors
 from pi2.activity_sketch import ActivitySketch
+from pi2.api import Predictor
 from pi2.container.layout import NEURONS
 from pi2.engine import Engine
 from pi2.errors import OptionError
@@ -40,14 +41,21 @@ class Collector:
     text, so that the counts of several texts are the sum of the counts of each.
     """
 
-    def __init__(self, engine: Engine, batches: Sequence[int] = BATCHES) -> None:
+    def __init__(
+        self, engine: Engine, batches: Sequence[int] = BATCHES, named_by: tuple[str, Predictor] | None = None
+    ) -> None:
+        """``named_by``: an attached predictor that keeps nothing between calls, and what to call it.
+
+        Then a neuron counts if it is named; without, if it is not zero.
+        """
         model, arch = engine.model, engine.model.architecture
-        if not arch.sparse:
+        if not arch.sparse and named_by is None:
             raise OptionError(
                 f"{arch.activation} has no exact zeros: every neuron is active for every token",
-                hint="statistics are of use for ReLU models",
+                hint="count what a threshold leaves: --density 0.5",
             )
         self._engine, self._model = engine, model
+        self._predictor = named_by and named_by[1]
         self._opening = opening(engine.tokenizer)
         limit = KvCache(arch, engine.context).limit
         sequence = min(SEQUENCE, limit - len(self._opening))
@@ -59,6 +67,7 @@ class Collector:
             arch.n_neurons,
             sequence=sequence,
             batches=tuple(batches),
+            activity=named_by[0] if named_by else "exact",
         )
 
     def resume(self, found: ActivationCounts) -> None:
@@ -113,28 +122,40 @@ class Collector:
         for i, ids in enumerate(text.sequences[start:end]):
 
             def observe(layer: int, x: F32, i: int = i) -> None:
-                gate, up = open_factors(self._model, layer, x[len(self._opening) :])
-                active = gate if up is None else gate & up
-                open_up = gate.size if up is None else int(up.sum())
-                factors[layer] += (int(gate.sum()), open_up, int(active.sum()))
+                active, opened = self._active(layer, x[len(self._opening) :])
+                factors[layer] += opened
                 packed[layer, i] = np.packbits(active, axis=1)
 
             decoder.observer = observe
             try:
-                decoder.forward(self._with_opening(ids), KvCache(arch, len(ids) + len(self._opening)))
+                decoder.forward(self._with_opening(ids), decoder.new_cache(len(ids) + len(self._opening)))
             finally:
                 decoder.observer = None
             on_sequence(i + 1)
         fresh = self._counted(text.sha256, start, packed, factors)
         self.counts = self.counts.merged(fresh, later=True)  # at once, or not at all
 
+    def _active(self, layer: int, x: F32) -> tuple[Active, tuple[int, int, int]]:
+        """Activity of the tokens ``x``, and how many gates, up sides and both were open."""
+        if self._predictor is not None:
+            active = np.zeros((len(x), self._model.architecture.n_neurons), np.bool_)
+            for row, token in zip(active, x, strict=True):
+                ids = self._predictor.predict(layer, token[None])
+                row[slice(None) if ids is None else ids] = True
+            n = int(active.sum())
+            return active, (n, n, n)
+        gate, up = open_factors(self._model, layer, x)
+        active = gate if up is None else gate & up
+        return active, (int(gate.sum()), gate.size if up is None else int(up.sum()), int(active.sum()))
+
     def _counted(self, text: str, start: int, packed: U8, factors: Sums) -> ActivationCounts:
         """Counts of a group, ``packed`` (layers, sequences, positions, bytes), from sequence ``start`` on."""
         whole = self.counts
         layers, neurons = whole.counts.shape[0], whole.counts.shape[2]
         fresh = ActivationCounts.empty(
-            whole.model, layers, neurons, sequence=whole.sequence, batches=whole.batches
-        )
+            whole.model, layers, neurons, sequence=whole.sequence, batches=whole.batches,
+            activity=whole.activity,
+        )  # fmt: skip
         for layer in range(layers):
             fresh.add(layer, np.unpackbits(packed[layer], axis=2, count=neurons).view(np.bool_))
         fresh.factors += factors

@@ -11,7 +11,19 @@ Pi2Error                  anything that the user can act on; the command line pr
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Self
+
+_READING = {
+    errno.ENODATA: ("the file ends before the read does", "the file was cut short; convert the model again"),
+    errno.ESTALE: ("the file was changed, cut or replaced while it was open", "run again"),
+    errno.EINVAL: ("this is no place in a file", None),
+    errno.ETIMEDOUT: ("the device did not answer in time", "look into the system's log: it may be failing"),
+    errno.ECANCELED: ("the read was cancelled", None),
+    errno.EIO: ("the device could not read", "look into the system's log: the device may be failing"),
+}
 
 
 class Pi2Error(Exception):
@@ -48,6 +60,14 @@ class StorageError(Pi2Error):
         super().__init__(f"{place}: {message}", hint=hint)
         self.path = path
         self.offset = offset
+
+    @classmethod
+    def from_errno(cls, code: int, *, path: Path, offset: int) -> Self:
+        """What a ``pi2_storage_failure`` tells (include/pi2_abi.h); offset -1 is nowhere in particular."""
+        says, hint = _READING.get(code, (os.strerror(code), None))
+        return cls(
+            says, path=path, offset=None if offset == -1 and code != errno.EINVAL else offset, hint=hint
+        )
 
 
 class BudgetError(Pi2Error):

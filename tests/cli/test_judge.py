@@ -166,6 +166,10 @@ def test_collect_calibrates_thresholds_of_a_model_without_zeros(silu, text):
     found = json.loads(pi2("collect", silu, text, "--tokens", 141, "--json").stdout)
     assert (set(found), found["tokens"]) == ({"path", "tokens", "texts", "thresholds"}, 94)
     assert found["thresholds"]["product"][0]["density"] == 0.9
+    counted = json.loads(pi2("collect", silu, text, "--density", 0.6, "--tokens", 470, "--json").stdout)
+    assert sum(layer[0] for layer in counted["density"]) / 2 == pytest.approx(0.6, abs=0.05)
+    assert_error(pi2("collect", silu, text, "--density", 0.9), "are of another model, or of other")
+    assert_error(pi2("collect", silu, text, "--density", 0.01), "is not within")
     ran = pi2("run", "--model", silu, "--raw", "Hi", "--max-tokens", 2, "--predictor", "threshold", "--json")
     assert (json.loads(ran.stdout)["predictor"], json.loads(ran.stdout)["lossless"]) == ("threshold", False)
 
@@ -197,4 +201,4 @@ def test_ctrl_c_keeps_what_was_judged(silu, text, tmp_path, monkeypatch):
     assert result.exit_code == 130
     assert "stopped: what was judged is kept; the same command goes on" in result.stderr
     assert Statistics.load(tmp_path / "s").thresholds.curves["product"].judged == 1
-    assert_error(pi2("report", tmp_path / "s"), "has no activation counts", "pi2 collect MODEL TEXT")
+    assert_error(pi2("report", tmp_path / "s"), "has no activation counts", "--density 0.6")

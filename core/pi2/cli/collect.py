@@ -17,6 +17,7 @@ from pi2.errors import OptionError, StorageError
 
 if TYPE_CHECKING:
     from pi2.activation_counts import ActivationCounts
+    from pi2.api import Predictor
     from pi2.collect import Collector
     from pi2.engine import Engine
     from pi2.statistics_file import Statistics
@@ -32,6 +33,9 @@ Force = Annotated[bool, typer.Option("--force", help="Forget what was found befo
 Thresholds = Annotated[
     bool, typer.Option("--thresholds", help="Calibrate --predictor threshold instead of counting.")
 ]
+Density = Annotated[
+    float | None, typer.Option("--density", help="Count what calibrated thresholds leave at this density.")
+]
 
 
 def command(
@@ -39,6 +43,7 @@ def command(
     texts: o.Texts,
     batch: Batch = "1,2,4,8,16,32",
     thresholds: Thresholds = False,
+    density: Density = None,
     tokens: o.Tokens = None,
     output: Output = None,
     force: Force = False,
@@ -53,8 +58,9 @@ def command(
     together: B consecutive sequences of a text, at the same position.
 
     In a SiLU or GELU model every neuron is active. There, and with --thresholds, this finds the cuts of
-    --predictor threshold and measures what they cost.
+    --predictor threshold and measures what they cost; then --density D counts the neurons that they leave.
     """
+    from pi2.collect import Collector
     from pi2.container.layout import NEURONS
     from pi2.statistics_file import STATISTICS, Statistics
 
@@ -63,21 +69,29 @@ def command(
         _check_writable(place)
         sha256 = engine.model.manifest.files[NEURONS].sha256
         target = Target(place, Statistics.of_file(place, sha256), listed=output is None)
-        if thresholds or not engine.model.architecture.sparse:
+        if thresholds or (density is None and not engine.model.architecture.sparse):
             from pi2.cli.calibrate import calibrate
 
             calibrate(engine, texts, tokens, target, force=force, json=json)
         else:
-            _count(engine, texts, batch, tokens, target, force=force, json=json)
+            collector = Collector(engine, parse_batches(batch), _named_by(engine, density))
+            _count(collector, texts, tokens, target, force=force, json=json)
+
+
+def _named_by(engine: Engine, density: float | None) -> tuple[str, Predictor] | None:
+    """The predictor that says what is counted, and its name in the statistics."""
+    if density is None:
+        return None
+    from pi2.builtin.threshold_predictor import ThresholdPredictor
+
+    predictor = ThresholdPredictor(density, max_loss=float("inf"))
+    predictor.attach(engine.model, engine.backend)
+    return f"threshold, density {density:g}", predictor
 
 
 def _count(
-    engine: Engine, texts: list[Path], batch: str, tokens: int | None, target: Target, *,
-    force: bool, json: bool,
-) -> None:  # fmt: skip
-    from pi2.collect import Collector
-
-    collector = Collector(engine, parse_batches(batch))
+    collector: Collector, texts: list[Path], tokens: int | None, target: Target, *, force: bool, json: bool
+) -> None:
     if target.found.counts is not None and not force:
         collector.resume(target.found.counts)
     before = collector.counts.tokens

@@ -27,6 +27,7 @@ from pi2.testing.strategies import (
     linear_cases,
     tensors,
 )
+from pi2.testing.streaming import StreamingTests
 
 COARSEST_TOLERANCE = 0.02
 """A backend may round inputs to eight bits: half a step of 1/127 for x, as much again for what follows."""
@@ -73,7 +74,7 @@ def same_bits(a: F32, b: F32) -> bool:
     return a.tobytes() == b.tobytes()
 
 
-class BackendTests(AttentionTests, SlabTests):
+class BackendTests(AttentionTests, SlabTests, StreamingTests):
     """Everything that ``pi2.api.Backend`` promises, and its optional powers where they are had.
 
     class TestMine(BackendTests):

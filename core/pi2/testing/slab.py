@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.strategies import DrawFn
+from hypothesis.strategies import DrawFn, SearchStrategy
 from numpy.random import Generator
 
-from pi2.api import Backend
+from pi2.api import Backend, FfnSpec
 from pi2.powers import SupportsSlab
 from pi2.tensor import F32, U8, Ids
 from pi2.testing.plugin import PluginTests, examples
@@ -39,9 +39,11 @@ class SlabCase:
 
 
 @st.composite
-def slab_cases(draw: DrawFn, tokens: tuple[int, ...] = TOKENS, neurons: tuple[int, ...] = ROWS) -> SlabCase:
+def slab_cases(
+    draw: DrawFn, tokens: tuple[int, ...] = TOKENS, specs: SearchStrategy[FfnSpec] | None = None
+) -> SlabCase:
     """Some or all neurons of an FFN in slots of any order, among others."""
-    case = draw(ffn_cases(tokens=tokens, neurons=neurons))
+    case = draw(ffn_cases(tokens=tokens, neurons=ROWS, specs=specs))
     rows = np.arange(len(case.bundles), dtype=np.int32) if case.rows is None else case.rows
     spare, rng = draw(st.integers(0, 5)), draw(generators)
     slots = rng.permutation(len(rows) + spare)[: len(rows)].astype(np.int32)

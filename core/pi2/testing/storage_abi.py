@@ -10,38 +10,38 @@ from pi2.api import Ranges
 from pi2.tensor import U8
 
 
-class _Read(ctypes.Structure):
+class Read(ctypes.Structure):
     _fields_: ClassVar = [("offset", c_int64), ("nbytes", c_int64), ("into", c_void_p)]
 
 
-class _Failure(ctypes.Structure):
+class Failure(ctypes.Structure):
     _fields_: ClassVar = [("code", c_int32), ("offset", c_int64)]
 
 
-class _StorageAbi(ctypes.Structure):
+class StorageAbi(ctypes.Structure):
     _fields_: ClassVar = [
         ("version", c_uint32),
         ("size", c_uint32),
         ("self", c_void_p),
         (
             "submit",
-            CFUNCTYPE(c_int64, c_void_p, c_int64, POINTER(_Read), c_int64, c_int32, POINTER(_Failure)),
+            CFUNCTYPE(c_int64, c_void_p, c_int64, POINTER(Read), c_int64, c_int32, POINTER(Failure)),
         ),
-        ("wait", CFUNCTYPE(c_int32, c_void_p, c_int64, c_double, POINTER(_Failure))),
+        ("wait", CFUNCTYPE(c_int32, c_void_p, c_int64, c_double, POINTER(Failure))),
         ("cancel", CFUNCTYPE(None, c_void_p, c_int64)),
     ]
 
 
 def read_through(address: int, file: int, ranges: Ranges, into: U8, priority: int) -> int:
     """Reads as ``StorageTier.read`` does, by the struct at ``address``; returns 0 or an errno."""
-    abi = _StorageAbi.from_address(address)
+    abi = StorageAbi.from_address(address)
     assert abi.version == 1
-    assert abi.size >= ctypes.sizeof(_StorageAbi)
-    reads, at = (_Read * len(ranges))(), into.ctypes.data
+    assert abi.size >= ctypes.sizeof(StorageAbi)
+    reads, at = (Read * len(ranges))(), into.ctypes.data
     for read, (offset, nbytes) in zip(reads, ranges.tolist(), strict=True):
         read.offset, read.nbytes, read.into = offset, nbytes, at
         at += nbytes
-    failure = _Failure()
+    failure = Failure()
     ticket = abi.submit(abi.self, file, reads, len(ranges), priority, ctypes.byref(failure))
     if ticket == 0:
         assert failure.code > 0, "a refused submit says why"

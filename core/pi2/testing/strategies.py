@@ -135,14 +135,23 @@ def ffn_specs(draw: DrawFn, activations: tuple[Activation, ...] = ACTIVATIONS) -
 
 
 @st.composite
+def paged_specs(draw: DrawFn) -> FfnSpec:
+    """Bundles of several pages, of which some have nothing but the gate and the head of up."""
+    d, activation = draw(st.sampled_from((192, 320))), draw(st.sampled_from(SPARSE))
+    parts: list[DType] = [draw(st.sampled_from(("f32", "f16", "q8_0"))) for _ in range(3)]
+    return FfnSpec(BundleGeometry(d, parts[0], parts[1], parts[2], page=512), activation, draw(st.booleans()))
+
+
+@st.composite
 def ffn_cases(
     draw: DrawFn,
     tokens: tuple[int, ...] = TOKENS,
     activations: tuple[Activation, ...] = ACTIVATIONS,
     neurons: tuple[int, ...] = ROWS,
+    specs: SearchStrategy[FfnSpec] | None = None,
 ) -> FfnCase:
     """An FFN, its inputs, and some or all of its neurons.  Padding is filled with ones."""
-    spec, rng = draw(ffn_specs(activations)), draw(generators)
+    spec, rng = draw(ffn_specs(activations) if specs is None else specs), draw(generators)
     geometry, k = spec.geometry, draw(st.sampled_from(neurons))
     bundles = np.full((k, geometry.stride), 255, np.uint8)
     for part, (offset, size) in geometry.segments().items():

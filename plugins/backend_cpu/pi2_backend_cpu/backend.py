@@ -10,13 +10,17 @@ import numpy as np
 from pi2.api import Backend, FfnSpec, Probe
 from pi2.attention import AttentionSpec
 from pi2.errors import OptionError, PluginError
+from pi2.kv_cache import Kv, KvDType
 from pi2.norm import Norm
 from pi2.rope import RopeTable
 from pi2.tensor import F32, U8, Ids, Tensor
 
+from pi2_backend_cpu import cores as cores_of
 from pi2_backend_cpu import native
+from pi2_backend_cpu.streaming import Streaming
 
 _MISSING = "the kernels are missing: this wheel was built without a C++ compiler"
+_RUN_NATIVELY = ("avx2", "scalar")  # by us; the others only through SIMDe or under qemu-user
 _HINT = "install g++ or clang, then: python3 -m pip install --force-reinstall --no-deps ./plugins/backend_cpu"
 
 
@@ -38,33 +42,44 @@ class _PlacedAttention:
     arrays: list[F32 | U8]
 
 
-class CpuBackend(Backend):
+class CpuBackend(Streaming, Backend):
     """SIMD kernels on weights where they lie; the same bits whatever the number of threads.
 
     ``activations`` "int8": quantised weights meet activations rounded to 8 bits in blocks of 32, as in
     llama.cpp; "f32": exact products, at about half the speed.  ``isa`` forces an instruction set.
+    ``cpus`` ("4-7" or "0+2") pins a thread to each of these cores; without it, fewer threads than a
+    big.LITTLE machine has cores are pinned to the fastest.
     """
 
     name = "cpu"
     tolerance: ClassVar[float] = 0.012  # half a step of 1/127 for x, and as much for the weights it meets
 
-    def __init__(self, threads: int | None = None, activations: str = "int8", isa: str | None = None) -> None:
+    def __init__(
+        self,
+        threads: int | None = None,
+        activations: str = "int8",
+        isa: str | None = None,
+        cpus: str | None = None,
+    ) -> None:
         library = native.library()
         if library is None:
             raise PluginError(_MISSING, hint=_HINT)
         if activations not in ("int8", "f32"):
             raise OptionError(f"activations are int8 or f32, not {activations!r}")
-        threads = len(os.sched_getaffinity(0)) if threads is None else threads
-        if not 1 <= threads <= 1024:
-            raise OptionError(f"{threads} threads cannot be", hint="as many as the machine has cores is best")
+        threads, cores = _threads_and_cores(threads, cpus)
         self._lib = library
+        self.kv_dtype: KvDType = np.float16 if activations == "int8" else np.float32
         wanted = None if isa is None else isa.encode()
-        self._cpu = library.pi2_cpu_open(threads, None, wanted, int(activations == "int8"))
+        pins = None if cores is None else np.array(cores, np.int32)
+        where = None if pins is None else pins.ctypes.data
+        self._cpu = library.pi2_cpu_open(threads, where, wanted, int(activations == "int8"))
         if not self._cpu:
             known = ", ".join(native.instruction_sets(library))
             named = "kernels that PI2_CPU_ISA names" if isa is None else f"{isa} kernels"
             raise OptionError(f"there are no {named} for this CPU", hint=f"there are: {known}")
-        self._description = f"{library.pi2_cpu_isa(self._cpu).decode()}, {threads} threads, {activations}"
+        pinned = "" if cores is None else f", on cores {'+'.join(map(str, cores))}"
+        used = library.pi2_cpu_isa(self._cpu).decode()
+        self._description = f"{used}, {threads} threads, {activations}{pinned}"
 
     @classmethod
     def probe(cls) -> Probe:
@@ -72,7 +87,8 @@ class CpuBackend(Backend):
         if library is None:
             return Probe(0, f"{_MISSING}; {_HINT}")
         best = native.instruction_sets(library)[0]
-        return Probe(20 if best == "scalar" else 100, f"{best} kernels")
+        how = "" if best in _RUN_NATIVELY else ", which we have tested by emulation only"
+        return Probe(20 if best == "scalar" else 100, f"{best} kernels{how}")
 
     def describe(self) -> str:
         return self._description
@@ -94,22 +110,12 @@ class CpuBackend(Backend):
 
     def place_ffn(self, bundles: U8, spec: FfnSpec) -> _Placed:
         data = np.ascontiguousarray(bundles)
-        return _Placed(_ffn(data, len(data), spec), len(data), data)
+        return _Placed(native.ffn_of(data, len(data), spec), len(data), data)
 
     def ffn(self, ffn: _Placed, x: F32, out: F32, rows: Ids | None = None) -> int:
         n_rows, row_ids = _selection(ffn, rows)
         active: int = self._lib.pi2_cpu_ffn(
             self._cpu, ffn.struct, x.ctypes.data, len(x), row_ids, n_rows, out.ctypes.data
-        )
-        return active
-
-    def place_slab(self, slab: U8, neurons: int, spec: FfnSpec) -> _Placed:
-        return _Placed(_ffn(slab, neurons, spec), len(slab), slab)
-
-    def slab_ffn(self, slab: _Placed, neurons: Ids, slots: Ids, x: F32, out: F32) -> int:
-        k, ids = _selection(slab, neurons)
-        active: int = self._lib.pi2_cpu_slab_ffn(
-            self._cpu, slab.struct, x.ctypes.data, len(x), ids, slots.ctypes.data, k, out.ctypes.data
         )
         return active
 
@@ -144,9 +150,7 @@ class CpuBackend(Backend):
         struct.window, struct.softcap = spec.window or 0, spec.softcap or 0
         return _PlacedAttention(struct, spec.rope, arrays)
 
-    def attention(
-        self, block: _PlacedAttention, x: F32, keys: F32, values: F32, start: int, out: F32
-    ) -> None:
+    def attention(self, block: _PlacedAttention, x: F32, keys: Kv, values: Kv, start: int, out: F32) -> None:
         cosines = sines = None
         if block.rope:
             tables = block.rope.until(start + len(x))
@@ -158,6 +162,7 @@ class CpuBackend(Backend):
             len(x),
             keys.ctypes.data,
             values.ctypes.data,
+            native.DTYPES["f16" if keys.dtype == np.float16 else "f32"],
             keys.shape[1],
             start,
             cosines,
@@ -166,28 +171,25 @@ class CpuBackend(Backend):
         )
 
 
+def _threads_and_cores(threads: int | None, cpus: str | None) -> tuple[int, list[int] | None]:
+    """How many threads, and the core of each (None: wherever the system puts them)."""
+    if cpus is not None:
+        cores = cores_of.parse_cores(cpus)
+        if threads not in (None, len(cores)):
+            raise OptionError(
+                f"{threads} threads cannot be pinned to {len(cores)} cores", hint="name only cpus"
+            )
+        return len(cores), cores
+    threads = len(os.sched_getaffinity(0)) if threads is None else threads
+    if not 1 <= threads <= 1024:
+        raise OptionError(f"{threads} threads cannot be", hint="as many as the machine has cores is best")
+    return threads, cores_of.fastest(threads)
+
+
 def _matrix(weight: Tensor, data: U8) -> native.Matrix:
     """The C structure of ``weight``, whose bytes lie in ``data``, C-contiguous."""
     address, dtype = data.ctypes.data, native.DTYPES[weight.dtype]
     return native.Matrix(address, weight.rows, weight.cols, data.shape[1], dtype)
-
-
-def _ffn(bundles: U8, neurons: int, spec: FfnSpec) -> native.Ffn:
-    """The C structure of ``bundles`` (k, stride), of an FFN that has so many neurons."""
-    g = spec.geometry
-    places = g.segments()
-    return native.Ffn(
-        bundles=bundles.ctypes.data,
-        count=neurons,
-        stride=bundles.strides[0],
-        d_model=g.d_model,
-        gate=native.NO_DTYPE if g.gate is None else native.DTYPES[g.gate],
-        up=native.DTYPES[g.up],
-        down=native.DTYPES[g.down],
-        **{f"{name}_offset": places.get(name, (-1, 0))[0] for name in ("gate", "up", "down", "bias")},
-        activation=native.ACTIVATIONS[spec.activation],
-        up_relu=spec.up_relu,
-    )
 
 
 def _selection(placed: _Placed, rows: Ids | None) -> tuple[int, int | None]:

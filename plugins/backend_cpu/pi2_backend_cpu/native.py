@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from importlib.resources import as_file, files
 from typing import ClassVar
 
-from pi2.tensor import DType
+from pi2.api import FfnSpec
+from pi2.tensor import U8, DType
 
 DTYPES: dict[DType, int] = {"f32": 0, "f16": 1, "q8_0": 2, "q4_0": 3}
 NO_DTYPE = -1
@@ -62,6 +63,39 @@ class Attention(ctypes.Structure):
     ]
 
 
+class Place(ctypes.Structure):
+    _fields_: ClassVar = [("file", c_int64), ("offset", c_int64), ("ffn", c_int32)]
+
+
+class StreamCount(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, c_int64) for name in ("active", "reads", "bytes_read")),
+        *((name, c_double) for name in ("wall_s", "wait_s", "gate_s", "up_down_s")),
+    ]
+
+
+class Failure(ctypes.Structure):
+    _fields_: ClassVar = [("code", c_int32), ("offset", c_int64)]
+
+
+def ffn_of(bundles: U8, neurons: int, spec: FfnSpec) -> Ffn:
+    """The C structure of ``bundles`` (k, stride), of an FFN that has so many neurons."""
+    g = spec.geometry
+    places = g.segments()
+    return Ffn(
+        bundles=bundles.ctypes.data,
+        count=neurons,
+        stride=bundles.strides[0],
+        d_model=g.d_model,
+        gate=NO_DTYPE if g.gate is None else DTYPES[g.gate],
+        up=DTYPES[g.up],
+        down=DTYPES[g.down],
+        **{f"{name}_offset": places.get(name, (-1, 0))[0] for name in ("gate", "up", "down", "bias")},
+        activation=ACTIVATIONS[spec.activation],
+        up_relu=spec.up_relu,
+    )
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The kernels' library with its functions declared, or None if this installation has none."""
@@ -72,7 +106,9 @@ def library() -> ctypes.CDLL | None:
         lib = ctypes.CDLL(str(path))
     rows = [c_void_p, c_int64]  # int32 numbers or NULL, and how many rows
     call = [c_void_p, c_int64, *rows, c_void_p]  # x, n, rows, out
-    cache = [c_void_p, c_void_p, c_int64, c_int64]  # keys, values, room, start
+    chosen = [c_void_p, c_void_p, c_int64]  # neurons, slots, how many
+    streamed, failed = [c_void_p, POINTER(Place), *chosen], POINTER(Failure)
+    cache = [c_void_p, c_void_p, c_int32, c_int64, c_int64]  # keys, values, dtype, room, start
     attention = [c_void_p, c_int64, *cache, c_void_p, c_void_p, c_void_p]  # x, n, cosines, sines, out
     signatures: dict[str, tuple[object, list[object]]] = {
         "pi2_cpu_isas": (c_char_p, []),
@@ -81,7 +117,16 @@ def library() -> ctypes.CDLL | None:
         "pi2_cpu_close": (None, [c_void_p]),
         "pi2_cpu_linear": (None, [c_void_p, POINTER(Matrix), *call]),
         "pi2_cpu_ffn": (c_int64, [c_void_p, POINTER(Ffn), *call]),
-        "pi2_cpu_slab_ffn": (c_int64, [c_void_p, POINTER(Ffn), c_void_p, c_int64, c_void_p, *call[2:]]),
+        "pi2_cpu_slab_ffn": (c_int64, [c_void_p, POINTER(Ffn), c_void_p, c_int64, *chosen, c_void_p]),
+        "pi2_cpu_stream_open": (
+            c_void_p,
+            [c_void_p, POINTER(Ffn), c_void_p, c_int64, c_void_p, c_int64, c_int32, c_int64, c_int32],
+        ),
+        "pi2_cpu_stream_ffn": (c_int32, [*streamed, c_void_p, c_void_p, POINTER(StreamCount), failed]),
+        "pi2_cpu_stream_prefetch": (c_int32, [*streamed, failed]),
+        "pi2_cpu_stream_settle": (c_int64, [c_void_p, *rows, c_int32]),
+        "pi2_cpu_stream_spans": (c_int64, [c_void_p, c_void_p]),
+        "pi2_cpu_stream_close": (None, [c_void_p]),
         "pi2_cpu_attention": (None, [c_void_p, POINTER(Attention), *attention]),
     }
     for function, (result, arguments) in signatures.items():

@@ -10,7 +10,6 @@ namespace {
 constexpr int64_t kRanges = 32;  // enough to share out among threads evenly
 constexpr int64_t kSmallest =
     96;  // neurons in a range: its sum costs the memory traffic of about two of them
-constexpr int64_t kLargest = 512;
 constexpr int64_t kColumns = 1024;  // of the final sum, a task
 
 }  // namespace
@@ -32,42 +31,53 @@ OneToken::OneToken(pi2_cpu& cpu, const pi2_ffn& f, const Candidates& candidates,
   cpu.hidden.resize(candidates.count);
   cpu.sums.resize(ranges_ * f.d_model);
   cpu.active.resize(ranges_);
-  hidden = cpu.hidden.data();
+  hidden_ = cpu.hidden.data();
 }
 
-void OneToken::dots(int32_t dtype, const uint8_t* const* rows, int64_t k, float* out) const {
-  dot_rows(cpu_, dtype, rows, k, x_, f_.d_model, out);
-}
-
-void OneToken::activate(int64_t first, int64_t last) {
+int64_t OneToken::gates(const int32_t* which, int64_t k, int32_t* on) {
   const bool gated = f_.gate != PI2_NONE;
   const uint8_t* rows[kLargest] = {};
-  for (int64_t i = first; i < last; ++i)
-    rows[i - first] = bundle(i) + (gated ? f_.gate_offset : f_.up_offset);
-  dots(gated ? f_.gate : f_.up, rows, last - first, hidden + first);
-  int64_t active[kLargest], count = 0;
-  for (int64_t i = first; i < last; ++i) {
-    hidden[i] = ::activate(f_.activation, hidden[i] + ::bias(f_, bundle(i), 0));
-    if (hidden[i] != 0.0f) active[count++] = i;
+  float sums[kLargest];
+  for (int64_t j = 0; j < k; ++j) rows[j] = bundle(which[j]) + (gated ? f_.gate_offset : f_.up_offset);
+  dot_rows(cpu_, gated ? f_.gate : f_.up, rows, k, x_, f_.d_model, sums);
+  int64_t count = 0;
+  for (int64_t j = 0; j < k; ++j) {
+    const int32_t i = which[j];
+    hidden_[i] = ::activate(f_.activation, sums[j] + ::bias(f_, bundle(i), 0));
+    if (hidden_[i] != 0.0f) on[count++] = i;
   }
-  if (!gated) return;
-  float up[kLargest];
-  for (int64_t k = 0; k < count; ++k) rows[k] = bundle(active[k]) + f_.up_offset;
-  dots(f_.up, rows, count, up);
-  for (int64_t k = 0; k < count; ++k) {
-    up[k] += ::bias(f_, bundle(active[k]), 1);
-    hidden[active[k]] *= f_.up_relu && up[k] <= 0 ? 0.0f : up[k];
+  return count;
+}
+
+void OneToken::ups(const int32_t* which, int64_t k) {
+  if (f_.gate == PI2_NONE) return;
+  const uint8_t* rows[kLargest] = {};
+  float sums[kLargest];
+  for (int64_t j = 0; j < k; ++j) rows[j] = bundle(which[j]) + f_.up_offset;
+  dot_rows(cpu_, f_.up, rows, k, x_, f_.d_model, sums);
+  for (int64_t j = 0; j < k; ++j) {
+    const float up = sums[j] + ::bias(f_, bundle(which[j]), 1);
+    hidden_[which[j]] *= f_.up_relu && up <= 0 ? 0.0f : up;
   }
 }
 
-void OneToken::add_down(int64_t range, int64_t first, int64_t last) {
+void OneToken::compute(int64_t range) {
+  int32_t which[kLargest];
+  const int64_t first = begin(range), last = begin(range + 1);
+  for (int64_t i = first; i < last; ++i) which[i - first] = static_cast<int32_t>(i);
+  ups(which, gates(which, last - first, which));
+  downs(range);
+}
+
+void OneToken::downs(int64_t range) {
   const uint8_t* rows[kLargest] = {};
   float h[kLargest];
   int64_t active = 0;
-  for (int64_t i = first; i < last; ++i) {
-    if (hidden[i] == 0.0f) continue;
+  const int64_t last = begin(range + 1);
+  for (int64_t i = begin(range); i < last; ++i) {
+    if (hidden_[i] == 0.0f) continue;
     rows[active] = bundle(i) + f_.down_offset;
-    h[active++] = hidden[i];
+    h[active++] = hidden_[i];
   }
   cpu_.active[range] = active;
   if (active > 0)

@@ -15,6 +15,8 @@ struct Candidates {
   int64_t first_from(int64_t neuron) const;  // the first candidate whose id is not below
 };
 
+constexpr int64_t kLargest = 512;  // neurons in a range at most
+
 // Neurons in a range, of an FFN that has so many.
 int64_t range_size(int64_t neurons);
 
@@ -28,23 +30,24 @@ class OneToken {
   int64_t ranges() const { return ranges_; }
   int64_t begin(int64_t range) const { return candidates_.first_from(range * size_); }
   const uint8_t* bundle(int64_t i) const { return ::bundle(f_, candidates_.slots, i); }
-  // h of candidates [first, last) into hidden.
-  void activate(int64_t first, int64_t last);
-  // The down rows of [first, last), which are those of the range, in ascending order.
-  void add_down(int64_t range, int64_t first, int64_t last);
+  // h of k candidates, as far as the gates know it; `on`, which may be `which`, gets those that are not zero.
+  int64_t gates(const int32_t* which, int64_t k, int32_t* on);
+  // The rest of h, of candidates whose gate is not zero.
+  void ups(const int32_t* which, int64_t k);
+  // The sum of the range's down rows, in ascending order, once h is known of all its candidates.
+  void downs(int64_t range);
+  // All of that for one range.
+  void compute(int64_t range);
   // out = the sum of all ranges in their order; returns the number of active neurons.
   int64_t total(float* out);
 
-  float* hidden;  // (candidates)
-
  private:
-  void dots(int32_t dtype, const uint8_t* const* rows, int64_t k, float* out) const;
-
   pi2_cpu& cpu_;
   const pi2_ffn& f_;
   Candidates candidates_;
   const float* x_;
   int64_t size_, ranges_;
+  float* hidden_;  // (candidates)
 };
 
 }  // namespace pi2

@@ -16,23 +16,36 @@
 namespace {
 
 #if defined(__x86_64__)
-bool has_avx2() {  // CPUID leaves 1 and 7, and XGETBV: the system must save the wide registers
-  unsigned a, b, c, d;
-  if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
-  const unsigned needed = bit_FMA | bit_AVX | bit_OSXSAVE | bit_F16C;
-  if ((c & needed) != needed) return false;
-  unsigned low, high;
-  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  if ((low & 6) != 6) return false;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX2);
-}
+// What CPUID says that the CPU has, and XGETBV that the system saves.
+struct Features {
+  bool avx2 = false, avx512 = false, vnni = false;
+
+  Features() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return;
+    const unsigned basics = bit_FMA | bit_AVX | bit_OSXSAVE | bit_F16C;
+    if ((c & basics) != basics || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    unsigned saved, high;
+    __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    constexpr unsigned kYmm = 0x06, kZmm = 0xe6;  // SSE and AVX; with mask registers and both parts of zmm
+    avx2 = (saved & kYmm) == kYmm && (b & bit_AVX2);
+    avx512 = avx2 && (saved & kZmm) == kZmm && (b & bit_AVX512F) && (b & bit_AVX512BW);
+    vnni = avx512 && (c & bit_AVX512VNNI);
+#if defined(PI2_EMULATE_AVX512)  // tests/avx512.sh: the kernels are made of other instructions
+    avx512 = vnni = avx2;
+#endif
+  }
+};
 #endif
 
 // Best first.
 std::vector<const pi2::Kernels*> available() {
   std::vector<const pi2::Kernels*> found;
 #if defined(__x86_64__)
-  if (has_avx2()) found.push_back(pi2::kernels_avx2());
+  const Features cpu;
+  if (cpu.vnni) found.push_back(pi2::kernels_avx512_vnni());
+  if (cpu.avx512) found.push_back(pi2::kernels_avx512());
+  if (cpu.avx2) found.push_back(pi2::kernels_avx2());
 #endif
 #if defined(__aarch64__)
   if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back(pi2::kernels_neon_dotprod());

@@ -8,11 +8,7 @@ namespace {
 int64_t one_token(pi2_cpu& cpu, const pi2_ffn& f, const float* x, const pi2::Candidates& candidates,
                   float* out) {
   pi2::OneToken token(cpu, f, candidates, x);
-  cpu.pool.for_each(token.ranges(), [&](int64_t range) {
-    const int64_t first = token.begin(range), last = token.begin(range + 1);
-    token.activate(first, last);
-    token.add_down(range, first, last);
-  });
+  cpu.pool.for_each(token.ranges(), [&](int64_t range) { token.compute(range); });
   return token.total(out);
 }
 

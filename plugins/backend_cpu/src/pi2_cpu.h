@@ -8,6 +8,8 @@
 #define PI2_CPU_H
 #include <stdint.h>
 
+#include "pi2_abi.h"
+
 #define PI2_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -77,12 +79,48 @@ PI2_API int64_t pi2_cpu_ffn(pi2_cpu* cpu, const pi2_ffn* ffn, const float* x, in
 PI2_API int64_t pi2_cpu_slab_ffn(pi2_cpu* cpu, const pi2_ffn* ffn, const float* x, int64_t n,
                                  const int32_t* neurons, const int32_t* slots, int64_t k, float* out);
 
+typedef struct pi2_stream pi2_stream; /* pi2.powers.SupportsStreaming */
+
+typedef struct { /* pi2.powers.FfnPlace */
+  int64_t file, offset;
+  int32_t ffn;
+} pi2_place;
+
+typedef struct { /* pi2.powers.StreamCount */
+  int64_t active, reads, bytes_read;
+  double wall_s, wait_s, gate_s, up_down_s;
+} pi2_stream_count;
+
+typedef struct { /* pi2.powers.SPANS; cluster is the id of its first neuron */
+  int32_t ffn, cluster;
+  uint8_t stage, thread;
+  int32_t neurons;
+  double start, end;
+} pi2_span;
+
+/* `slab` has `slots` bundles, and `count` neurons an FFN; states (slots) are pi2.powers.SlotState.  Gates are
+ * read apart in whole pages of `page` bytes.  NULL: `abi` is of another version. */
+PI2_API pi2_stream* pi2_cpu_stream_open(pi2_cpu* cpu, const pi2_ffn* slab, uint8_t* states, int64_t slots,
+                                        const pi2_storage_abi* abi, int64_t page, int32_t two_phase,
+                                        int64_t cluster, int32_t trace);
+/* 0, or the errno that `failure` has: then all that was begun is over, and what was not read is EMPTY. */
+PI2_API int32_t pi2_cpu_stream_ffn(pi2_stream* stream, const pi2_place* place, const int32_t* neurons,
+                                   const int32_t* slots, int64_t k, const float* x, float* out,
+                                   pi2_stream_count* count, pi2_storage_failure* failure);
+PI2_API int32_t pi2_cpu_stream_prefetch(pi2_stream* stream, const pi2_place* place, const int32_t* neurons,
+                                        const int32_t* slots, int64_t k, pi2_storage_failure* failure);
+/* slots NULL: all.  Returns the bytes that were read. */
+PI2_API int64_t pi2_cpu_stream_settle(pi2_stream* stream, const int32_t* slots, int64_t k, int32_t cancel);
+/* How many spans there are, or, with `into`, moves them there. */
+PI2_API int64_t pi2_cpu_stream_spans(pi2_stream* stream, pi2_span* into);
+PI2_API void pi2_cpu_stream_close(pi2_stream* stream);
+
 /* A whole attention block with its residual connection (pi2.powers.SupportsAttention); x and out (n, d). keys
- * and values (kv_heads, room, head_dim) get n more positions from `start` on; cosines and sines
- * (n, rope_dims / 2) are those of these positions. */
-PI2_API void pi2_cpu_attention(pi2_cpu* cpu, const pi2_attention* a, const float* x, int64_t n, float* keys,
-                               float* values, int64_t room, int64_t start, const float* cosines,
-                               const float* sines, float* out);
+ * and values (kv_heads, room, head_dim), PI2_F32 or PI2_F16, get n more positions from `start` on; cosines
+ * and sines (n, rope_dims / 2) are those of these positions. */
+PI2_API void pi2_cpu_attention(pi2_cpu* cpu, const pi2_attention* a, const float* x, int64_t n, void* keys,
+                               void* values, int32_t kv_dtype, int64_t room, int64_t start,
+                               const float* cosines, const float* sines, float* out);
 
 #ifdef __cplusplus
 }

@@ -11,7 +11,8 @@ namespace pi2 {
 
 class Pool {
  public:
-  // `threads` in all, the caller's included; worker i is pinned to cpus[i] where cpus is given.
+  // `threads` in all, the caller's included; thread i is pinned to cpus[i] where cpus is given, the caller's
+  // for as long as it works here: what it does, or starts, elsewhere is none of ours.
   Pool(int threads, const int32_t* cpus);
   ~Pool();
   Pool(const Pool&) = delete;
@@ -19,20 +20,28 @@ class Pool {
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls task(context, i) for every i in [0, chunks), in any order and on any thread; returns when all are
-  // done.
-  using Task = void (*)(void* context, int64_t chunk);
+  // Calls task(context, thread, i) for every i in [0, chunks), in any order and on any thread; returns when
+  // all are done.
+  using Task = void (*)(void* context, int thread, int64_t chunk);
   void run(Task task, void* context, int64_t chunks);
 
   template <class Body>
   void for_each(int64_t chunks, Body&& body) {
-    run([](void* b, int64_t i) { (*static_cast<Body*>(b))(i); }, &body, chunks);
+    run([](void* b, int, int64_t i) { (*static_cast<Body*>(b))(i); }, &body, chunks);
+  }
+
+  // The same as body(thread, i), thread in [0, size()): for scratch of its own.
+  template <class Body>
+  void for_each_on(int64_t chunks, Body&& body) {
+    run([](void* b, int thread, int64_t i) { (*static_cast<Body*>(b))(thread, i); }, &body, chunks);
   }
 
  private:
-  void work();
-  void loop(int cpu);
+  void work(int thread);
+  void share(Task task, void* context, int64_t chunks);
+  void loop(int thread, int cpu);
 
+  int caller_ = -1;  // the core of the calling thread
   Task task_ = nullptr;
   void* context_ = nullptr;
   int64_t chunks_ = 0;

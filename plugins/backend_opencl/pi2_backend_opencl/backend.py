@@ -1,59 +1,96 @@
-"""The OpenCL backend: its place in pi2, without its kernels yet."""
+"""The backend ``opencl``: checks its options, picks a device and the kernels that fit it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from pi2.api import Backend, FfnSpec, Probe
-from pi2.errors import PluginError
+from pi2.errors import OptionError, PluginError
 from pi2.tensor import F32, U8, Ids, Tensor
 
-# Where drivers are found: the loader's registry on Linux, the vendor's library on Android.
-_ICDS = "etc/OpenCL/vendors"
-_ANDROID = ("vendor/lib64/libOpenCL.so", "system/vendor/lib64/libOpenCL.so")
+from pi2_backend_opencl import matrix, neurons, selftest
+from pi2_backend_opencl.caps import load_profile, resolve
+from pi2_backend_opencl.device import choose_device, device_errors, find_devices
+
+_ACCELERATOR, _ON_CPU = 200, 5  # a CPU's OpenCL stays below its native kernels, and below NumPy
+_EXACT, _ROUNDED = 1e-5, 0.012
+_CACHE = ".cache/pi2/opencl"
 
 
 class OpenclBackend(Backend):
-    """Kernels for Adreno and other GPUs will be here.  This version has no kernel."""
+    """Kernels for Adreno and other GPUs; weights are copied once, down is read in place where it can be.
+
+    ``device``: part of a device's or driver's name.  ``profile``: build the kernels as for another device
+    (adreno730, adreno830, minimal, or a JSON file) and emulate what this one lacks.  ``activations``
+    "int8": one token meets quantised weights as bytes, by dot products of bytes; "f32": exact.
+    ``cache``: where compiled kernels are kept ("" keeps none).
+    """
 
     name = "opencl"
+    tolerance = _EXACT
 
     @classmethod
     def probe(cls) -> Probe:
-        return Probe(
-            0,
-            "not built yet: OpenCL kernels will be here, this version has the registration only"
-            f" ({describe_drivers(Path('/'))})",
-        )
+        devices = find_devices()
+        if not devices:
+            return Probe(0, "no OpenCL driver answers, or none has a device")
+        best = devices[0]
+        return Probe(_ON_CPU if best.caps.cpu else _ACCELERATOR, best.name)
 
-    def __init__(self) -> None:
-        raise _not_built()
+    def __init__(
+        self,
+        device: str | None = None,
+        profile: str | None = None,
+        activations: str = "f32",
+        cache: str | None = None,
+    ) -> None:
+        if activations not in ("int8", "f32"):
+            raise OptionError(f"activations are int8 or f32, not {activations!r}")
+        found = choose_device(device)
+        folder = Path.home() / _CACHE if cache is None else Path(cache) if cache else None
+        variant = resolve(found.caps, load_profile(profile) if profile else None)
+        self._integers = activations == "int8"
+        if self._integers:
+            self.tolerance = _ROUNDED  # type: ignore[misc]  # of this one
+        self._device, self._remarks = selftest.first_that_works(found, variant, folder)
+        self._profile, self._activations = profile, activations
 
-    def place(self, weight: Tensor) -> object:
-        raise _not_built()
+    def describe(self) -> str:
+        variant = self._device.variant
+        parts = [self._device.name, f"{self._activations} activations"]
+        if self._profile:
+            parts.append(f"kernels for {self._profile}")
+        if variant.emulated:
+            parts.append(f"EMULATED: {', '.join(variant.emulated)}")
+        return ", ".join([*parts, *self._remarks])
 
-    def linear(self, weight: Any, x: F32, out: F32, rows: Ids | None = None) -> None:
-        raise _not_built()
+    def close(self) -> None:
+        self._device.close()
 
-    def place_ffn(self, bundles: U8, spec: FfnSpec) -> object:
-        raise _not_built()
+    def place(self, weight: Tensor) -> matrix.Matrix:
+        with device_errors(self._device.name):
+            return matrix.place_matrix(self._device, weight)
 
-    def ffn(self, ffn: Any, x: F32, out: F32, rows: Ids | None = None) -> int:
-        raise _not_built()
+    def linear(self, weight: matrix.Matrix, x: F32, out: F32, rows: Ids | None = None) -> None:
+        n = weight.shape.rows if rows is None else len(rows)
+        if n == 0 or len(x) == 0:
+            return
+        device = self._device
+        with device_errors(device.name):
+            inputs = matrix.send_inputs(device, x, integers=self._integers)
+            y = device.scratch("y", 4 * len(x) * n)
+            matrix.multiply(device, weight, inputs, rows, y, n)
+            result = np.empty((len(x), n), np.float32)
+            device.fetch(y, result)
+        out[:] = result
 
+    def place_ffn(self, bundles: U8, spec: FfnSpec) -> neurons.Ffn:
+        if spec.activation not in neurons.ACTIVATIONS:
+            raise PluginError(f"opencl has no kernel for {spec.activation}", hint="use another backend")
+        with device_errors(self._device.name):
+            return neurons.place_ffn(self._device, bundles, spec)
 
-def describe_drivers(root: Path) -> str:
-    """The OpenCL drivers that are registered below ``root``."""
-    found = [str(Path("/") / lib) for lib in _ANDROID if (root / lib).exists()]
-    try:
-        found += sorted(icd.name for icd in (root / _ICDS).glob("*.icd"))
-    except OSError:
-        return f"/{_ICDS} cannot be read"
-    if not found:
-        return f"this machine has no OpenCL driver: nothing in /{_ICDS}"
-    return f"OpenCL drivers on this machine: {', '.join(found)}"
-
-
-def _not_built() -> PluginError:
-    return PluginError("the opencl backend is not built yet", hint="use --backend numpy")
+    def ffn(self, ffn: neurons.Ffn, x: F32, out: F32, rows: Ids | None = None) -> int:
+        with device_errors(self._device.name):
+            return neurons.compute(self._device, ffn, x, out, rows, integers=self._integers)

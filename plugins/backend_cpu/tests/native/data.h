@@ -10,8 +10,9 @@
 
 #include "../../src/pi2_cpu.h"
 
-void stress_kernels(int64_t cases);
+void stress_kernels(int64_t cases, const std::string& isa_prefix);
 void stress_pool(int64_t rounds);
+void stress_streams(int64_t cases);
 
 constexpr double kExact = 2e-5;     // float32 sums of up to 400 terms
 constexpr double kRounded = 0.012;  // activations rounded to 8 bits: the backend's stated tolerance
@@ -80,7 +81,8 @@ inline void fill_row(Random& r, int32_t dtype, int64_t cols, uint8_t* row) {
     for (; at < row_bytes(dtype, cols) - cols / 16; ++at) row[at] = static_cast<uint8_t>(r.below(256));
   for (; at < row_bytes(dtype, cols); at += size) {
     const float value = r.one_in(8) ? 0.0f : r.normal() * (dtype == PI2_Q8_0 ? 0.01f : 0.1f);
-    const uint16_t half = to_half(value);
+    uint16_t half = to_half(value);
+    if (r.one_in(16)) half = static_cast<uint16_t>(r.below(1024) | r.below(2) << 15);  // subnormal
     std::memcpy(row + at, size == 4 ? static_cast<const void*>(&value) : &half, static_cast<size_t>(size));
   }
 }

@@ -1,0 +1,169 @@
+"""One OpenCL device: found by name, its context and queue, and buffers that grow and stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyopencl as cl
+from numpy.typing import NDArray
+from pi2.errors import OptionError, PluginError
+from pi2.tensor import U8
+
+from pi2_backend_opencl.caps import Caps, Variant, from_device
+from pi2_backend_opencl.programs import Programs
+
+_FLAGS = cl.mem_flags
+_WORDS = cl.ImageFormat(cl.channel_order.RGBA, cl.channel_type.UNSIGNED_INT32)
+_INPUTS = cl.ImageFormat(cl.channel_order.RGBA, cl.channel_type.FLOAT)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A device that the drivers offer."""
+
+    device: Any
+    caps: Caps
+
+    @property
+    def name(self) -> str:
+        return f"{self.caps.name} ({self.device.platform.name.strip()})"
+
+
+def find_devices() -> list[Found]:
+    """All devices of all drivers, accelerators first.  Empty if there is no driver."""
+    try:
+        platforms = cl.get_platforms()
+    except cl.Error:
+        return []
+    found = []
+    for platform in platforms:
+        try:
+            found += [Found(d, from_device(d)) for d in platform.get_devices()]
+        except cl.Error:  # a driver without a device
+            continue
+    return sorted(found, key=lambda f: f.caps.cpu)
+
+
+def choose_device(name: str | None) -> Found:
+    """The first device whose name, or whose driver's, contains ``name``.  Raises PluginError, OptionError."""
+    devices = find_devices()
+    if not devices:
+        raise PluginError(
+            "there is no OpenCL device: no driver answers",
+            hint="install the GPU's OpenCL driver (its .icd file lies in /etc/OpenCL/vendors)",
+        )
+    for found in devices:
+        if name is None or name.lower() in found.name.lower():
+            return found
+    raise OptionError(
+        f"no OpenCL device is called {name!r}", hint=f"there are: {', '.join(f.name for f in devices)}"
+    )
+
+
+@contextmanager
+def device_errors(name: str) -> Iterator[None]:
+    """Turns what a driver raises into one error that says what to do."""
+    try:
+        yield
+    except cl.MemoryError:
+        raise PluginError(
+            f"{name} has no memory left", hint="use a smaller model, a shorter context, or another backend"
+        ) from None
+    except cl.Error as e:
+        first = (str(e).splitlines() or [type(e).__name__])[0]
+        raise PluginError(
+            f"{name} failed: {first[:200]}", hint="the device may be lost; use --backend cpu"
+        ) from None
+
+
+class Device:
+    """Context, queue, programs and scratch of one device.  Serves one call at a time."""
+
+    def __init__(self, found: Found, variant: Variant, cache: Path | None) -> None:
+        self.name, self.caps, self.variant = found.name, found.caps, variant
+        with device_errors(self.name):
+            self._context = cl.Context([found.device])
+            self.queue = cl.CommandQueue(self._context)
+        self.programs = Programs(self._context, found.device, cache)
+        self._scratch: dict[str, Any] = {}
+        self._images: dict[int, Any] = {}
+        self.nothing = cl.Buffer(self._context, _FLAGS.READ_WRITE, 64)
+        """Stands for a buffer that a kernel does not look at."""
+
+    def fixed(self, data: NDArray[Any]) -> Any:
+        """A read-only buffer with a copy of ``data``, in memory that the device shares if it can."""
+        flat = np.ascontiguousarray(data).view(np.uint8).ravel()
+        buffer = cl.Buffer(self._context, _FLAGS.READ_ONLY | _FLAGS.ALLOC_HOST_PTR, max(flat.nbytes, 4))
+        if flat.nbytes:
+            mapped, _ = cl.enqueue_map_buffer(
+                self.queue, buffer, cl.map_flags.WRITE, 0, flat.shape, np.uint8, is_blocking=True
+            )
+            mapped[:] = flat
+            mapped.base.release(self.queue)
+        return buffer
+
+    def shared(self, data: U8) -> Any:
+        """A read-only buffer over the caller's own bytes, which must stay: nothing is copied."""
+        flags = _FLAGS.READ_ONLY | _FLAGS.USE_HOST_PTR
+        return cl.Buffer(self._context, flags, hostbuf=data)
+
+    def words(self, data: U8, kind: int, texels: tuple[int, int]) -> Any:
+        """Weights as a buffer (kind 0), or as an image over one: 1 dimension, or ``texels`` (2)."""
+        if kind == 2:
+            flags = _FLAGS.READ_ONLY | _FLAGS.COPY_HOST_PTR
+            return cl.create_image(self._context, flags, _WORDS, shape=texels, hostbuf=data)
+        buffer = self.fixed(data)
+        if kind == 0:
+            return buffer
+        return cl.create_image(
+            self._context, _FLAGS.READ_ONLY, _WORDS, shape=(data.nbytes // 16,), buffer=buffer
+        )
+
+    def scratch(self, name: str, nbytes: int) -> Any:
+        """A buffer of at least ``nbytes``, the same at every call until it has to grow."""
+        buffer = self._scratch.get(name)
+        if buffer is None or buffer.size < nbytes:
+            if buffer is not None:
+                self._images.pop(buffer.int_ptr, None)
+                buffer.release()
+            buffer = cl.Buffer(self._context, _FLAGS.READ_WRITE, max(nbytes, 64))
+            self._scratch[name] = buffer
+        return buffer
+
+    def send(self, name: str, data: NDArray[Any]) -> Any:
+        """Scratch with ``data`` in it."""
+        buffer = self.scratch(name, data.nbytes)
+        if data.nbytes:
+            cl.enqueue_copy(self.queue, buffer, np.ascontiguousarray(data), is_blocking=True)
+        return buffer
+
+    def fetch(self, buffer: Any, into: NDArray[Any]) -> None:
+        """Wait for all that was enqueued, and copy the buffer's start."""
+        cl.enqueue_copy(self.queue, into, buffer, is_blocking=True)
+
+    def as_inputs(self, buffer: Any) -> Any | None:
+        """The buffer as an image of four floats a texel, or None where that cannot be."""
+        texels = buffer.size // 16
+        if not self.variant.limits.images or texels > self.variant.limits.image_buffer_texels:
+            return None
+        if buffer.int_ptr not in self._images:
+            self._images[buffer.int_ptr] = cl.create_image(
+                self._context, _FLAGS.READ_ONLY, _INPUTS, shape=(texels,), buffer=buffer
+            )
+        return self._images[buffer.int_ptr]
+
+    def run(self, kernel: Any, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> None:
+        """Enqueue a kernel; ints are passed as 32 bits."""
+        kernel.set_args(*(np.int32(a) if type(a) is int else a for a in arguments))
+        cl.enqueue_nd_range_kernel(self.queue, kernel, size, group)
+
+    def close(self) -> None:
+        self._images.clear()
+        for buffer in self._scratch.values():
+            buffer.release()
+        self._scratch.clear()
