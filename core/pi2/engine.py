@@ -216,6 +216,7 @@ class Engine:
             names["budget_bytes"] = regions.budget
             config["regions"] = regions.to_json()
             config["offload"] = dataclasses.asdict(self.offloaded.options)
+            config["two_phase"] = self.offloaded.two_phase
             config["notes"] = self.notes
         if self.lossy_head is not None:
             config["head"] = self.lossy_head
