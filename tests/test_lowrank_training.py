@@ -15,12 +15,20 @@ from pi2.container import Predictors
 from pi2.engine import Engine
 from pi2.errors import BudgetError, FormatError, OptionError, StorageError
 from pi2.lowrank import inputs as inputs_module
-from pi2.lowrank.closed_form import closed_form, density_at, labels, threshold_for
+from pi2.lowrank.closed_form import (
+    Weigher,
+    closed_form,
+    density_at,
+    labels,
+    missed_share,
+    threshold_for,
+)
 from pi2.lowrank.training import Training, TrainSettings
 from pi2.lowrank.widths import candidates, choose_widths, predictor_bytes
 from pi2.plugins import Plugins
 from pi2.tensor import Tensor
 from pi2.testing.models import ffn_inputs, toy_architecture, write_toy_model
+from pi2.testing.predictor import spec_of
 from pi2.testing.strategies import generators
 
 BUILTINS = Plugins.installed(Settings(plugins=frozenset()))
@@ -261,3 +269,36 @@ def test_nothing_imports_torch_before_it_trains():
         "import pi2.builtin.lowrank_predictor; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_missed_neuron_weighs_is_its_share_of_the_output(models, kind):
+    with Engine.open(models[kind], predictor="exact", plugins=BUILTINS) as engine:
+        model, arch = engine.model, engine.model.architecture
+        x = ffn_inputs(arch, 5, np.random.default_rng(0))
+        weights = Weigher(model, 1)(x)
+        assert np.array_equal(weights > 0, active_neurons(model, 1, x))
+        for token, row in zip(x, weights, strict=True):
+            active = np.flatnonzero(row)
+            assert row[active].mean() == pytest.approx(3, rel=1e-4)
+            sizes = []
+            for neuron in active:
+                out = np.empty((1, arch.d_model), np.float32)
+                ids = np.array([neuron], np.int32)
+                engine.backend.ffn(
+                    engine.backend.place_ffn(model.bundles(1), spec_of(model)), token[None], out, ids
+                )
+                sizes.append(np.linalg.norm(out))
+            share = (row[active] / 3 - 0.1) / 0.9
+            assert np.allclose(share, sizes / np.mean(sizes), rtol=1e-3, atol=1e-3)
+
+
+@settings(deadline=None, max_examples=30)
+@given(generators, st.floats(0, 1))
+def test_the_missed_share_is_that_of_the_neurons_that_are_not_named(rng, density):
+    scores = rng.permutation(60).reshape(3, 20).astype(np.float32)  # no ties
+    weights = np.maximum(rng.normal(0, 1, scores.shape), 0).astype(np.float32)
+    named = scores >= 60 - max(1, round(density * 60))
+    share = np.square(weights[~named]).sum() / np.square(weights).sum()
+    assert missed_share(scores, weights, density) == pytest.approx(share, abs=1e-6)
+    assert missed_share(scores, weights * 0, density) == 0

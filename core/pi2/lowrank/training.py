@@ -25,7 +25,16 @@ from pi2.container.predictors import FfnPredictor, Measured, Predictors
 from pi2.engine import Engine
 from pi2.errors import FormatError, OptionError, StorageError
 from pi2.evaluate import perplexity_loss
-from pi2.lowrank.closed_form import ClosedForm, Layers, closed_form, density_at, labels, threshold_for
+from pi2.lowrank.closed_form import (
+    ClosedForm,
+    Layers,
+    Weigher,
+    closed_form,
+    density_at,
+    labels,
+    missed_share,
+    threshold_for,
+)
 from pi2.lowrank.inputs import Corpus, Inputs, Progress, read_corpus
 from pi2.lowrank.widths import BUDGET, candidates, choose_widths, predictor_bytes
 from pi2.tensor import F32, DType, Tensor
@@ -156,15 +165,18 @@ class Training:
     def _train_layer(self, layer: int, width: int) -> FfnPredictor:
         from pi2.lowrank.fit import FitSettings, fit
 
-        s, (form, (x, held), active, held_active) = self.settings, self._closed_form(layer)
+        s, (form, (x, held), _, held_active) = self.settings, self._closed_form(layer)
+
+        weigh = Weigher(self._model, layer)
+        start, held_weights = form.layers(width), weigh(held)
+        density = density_at(start.scores(held), held_active, s.recall)
 
         def judge(found: Layers) -> float:
-            return density_at(_restored(_stored(found, s.dtype)).scores(held), held_active, s.recall)
+            return missed_share(_restored(_stored(found, s.dtype)).scores(held), held_weights, density)
 
         seed = int(np.random.SeedSequence([s.seed, layer]).generate_state(1)[0])
-        packed = np.packbits(active, axis=1)
         how = FitSettings(steps=s.steps)
-        made = _stored(fit(form.layers(width), x, packed, judge, s.dtype, seed, how), s.dtype)
+        made = _stored(fit(start, x, weigh, judge, s.dtype, seed, how), s.dtype)
         fresh = self._directory / "layer.new"
         Predictors(self._hash, {layer: made}).save(fresh)
         fresh.replace(self._directory / f"layer-{layer}")
