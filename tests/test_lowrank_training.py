@@ -18,6 +18,7 @@ from pi2.lowrank import inputs as inputs_module
 from pi2.lowrank.closed_form import (
     Weigher,
     closed_form,
+    costly_misses,
     density_at,
     labels,
     missed_share,
@@ -302,3 +303,30 @@ def test_the_missed_share_is_that_of_the_neurons_that_are_not_named(rng, density
     share = np.square(weights[~named]).sum() / np.square(weights).sum()
     assert missed_share(scores, weights, density) == pytest.approx(share, abs=1e-6)
     assert missed_share(scores, weights * 0, density) == 0
+
+
+@settings(deadline=None, max_examples=50)
+@given(generators, st.floats(0.01, 0.5))
+def test_a_neuron_that_makes_much_of_a_token_is_never_missed(rng, share):
+    weights = np.exp(rng.normal(0, 2, (6, 20))).astype(np.float32)
+    named = rng.random(weights.shape) < 0.5
+    always = costly_misses(weights, named, share)
+    part = np.square(weights) / np.square(weights).sum(axis=1, keepdims=True)
+    still_missed = np.where(named | always, 0, part)
+    assert still_missed.max() <= share * (1 + 1e-5)
+    for neuron in np.flatnonzero(always):
+        assert (part[~named[:, neuron], neuron] > share * (1 - 1e-5)).any()  # for a reason
+
+
+def test_a_first_token_that_attention_leans_on_keeps_its_neurons(models, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("pi2.lowrank.training._SPOILS", 0.0)  # whatever is missed spoils
+    found = train(models["relu"], texts, tmp_path / "p")
+    for layer in found.layers.values():
+        assert layer.measured.recall == 1
+        assert (layer.fc2_bias == np.float32(1e30)).any()
+    predictor = LowRankPredictor.open()
+    with Engine.open(models["relu"], predictor="exact", plugins=BUILTINS) as engine:
+        predictor.use(found, engine.backend)
+        named = predictor.predict(0, np.zeros((1, 64), np.float32))
+        assert set(np.flatnonzero(found.layers[0].fc2_bias == np.float32(1e30))) <= set(named)
+        predictor.close()

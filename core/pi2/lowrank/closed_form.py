@@ -165,3 +165,11 @@ def missed_share(scores: F32, weights: F32, density: float) -> float:
     energy = np.square(weights)
     whole = float(energy.sum(dtype=np.float64))
     return float(energy[scores < lowest_named].sum(dtype=np.float64)) / whole if whole else 0.0
+
+
+def costly_misses(weights: F32, named: Active, share: float) -> NDArray[np.bool_]:
+    """(neurons,): those that some token misses and with them more than ``share`` of its squared weights."""
+    energy = np.square(weights)
+    whole = np.maximum(energy.sum(axis=1, keepdims=True), 1e-30)
+    costly: NDArray[np.bool_] = ((energy > share * whole) & ~named).any(axis=0)
+    return costly
