@@ -55,5 +55,6 @@ const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_vnni();
 const Kernels* kernels_neon();
 const Kernels* kernels_neon_dotprod();
+const Kernels* kernels_neon_i8mm();
 
 }  // namespace pi2

@@ -16,7 +16,8 @@ template <DType D>
 inline const uint8_t* ahead_of(const uint8_t* const* rows, int64_t k, int64_t j, int64_t cols,
                                int64_t distance) {
   const int64_t bytes = cols / kBlock * bytes_of<D>();
-  if (j + 1 < k && rows[j + 1] - rows[j] == bytes) return rows[j] + distance;
+  const int64_t neighbour = j + 1 < k ? j + 1 : j;  // the last of many has none, but goes on likewise
+  if (neighbour > 0 && rows[neighbour] - rows[neighbour - 1] == bytes) return rows[j] + distance;
   const int64_t next = j + 1 + distance / (bytes + 1);
   return rows[next < k ? next : k - 1];
 }

@@ -9,7 +9,9 @@ namespace {
 
 struct Neon {
   using F = float32x4_t;
-#if defined(__ARM_FEATURE_DOTPROD)
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  static constexpr const char* kName = "neon_i8mm";
+#elif defined(__ARM_FEATURE_DOTPROD)
   static constexpr const char* kName = "neon_dotprod";
 #else
   static constexpr const char* kName = "neon";
