@@ -48,12 +48,6 @@ def _energies(histograms: Histograms) -> F64:
     return energies
 
 
-def total_energy(histograms: Histograms) -> F64:
-    """(layers,): sum of all squared scores."""
-    total: F64 = _energies(histograms).sum(axis=1)
-    return total
-
-
 def energy_cuts(histograms: Histograms, share: float) -> F32:
     """The cut of each layer below which at most ``share`` of its energy lies."""
     below = _energies(histograms).cumsum(axis=1)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi2.bundle import BundleGeometry
+from pi2.kv_cache import KvDType
 from pi2.options import parse_options
 from pi2.tensor import F32, U8, Ids, Tensor
 
@@ -94,6 +95,8 @@ class Backend(Plugin):
 
     tolerance: ClassVar[float] = 1e-5
     """Largest |error| of a result, as a share of the sum of the magnitudes of its terms."""
+    kv_dtype: KvDType = np.float32
+    """What ``attention`` wants keys and values in (pi2.powers.SupportsAttention): float32 or float16."""
 
     @abstractmethod
     def place(self, weight: Tensor) -> object:

@@ -60,7 +60,7 @@ def to_come(arch: Architecture, g: BundleGeometry, context: int, chunk: int) -> 
     ranges = BUFFERS * min(RANGE_BYTES, arch.n_neurons * g.stride)
     states = 6 * tokens * arch.d_model * 4  # residual stream, inputs and results, before and after
     heads = 4 * chunk * arch.n_heads * arch.head_dim * 4
-    hidden = 2 * chunk * min(arch.n_neurons, max(64, RANGE_BYTES // g.stride)) * 4
+    hidden = 10 * chunk * min(arch.n_neurons, max(64, RANGE_BYTES // g.stride))  # two floats and a place
     logits = 3 * arch.vocab_size * 8  # float64 while sampling
     tables = arch.n_layers * arch.n_neurons * _KEY_TABLES
     return kv_bytes(arch, context) + ranges + states + heads + hidden + logits + tables + _SLACK

@@ -21,7 +21,6 @@ from pi2.allocation import (
     energy_cuts,
     greedy_cuts,
     histogram,
-    total_energy,
     uniform_cuts,
 )
 from pi2.builtin.exact_predictor import ExactPredictor
@@ -41,10 +40,8 @@ DENSITIES: Final = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 SEQUENCE: Final = 256
 TOKENS: Final = 3072
 """A third of them for the cuts, the rest for the losses."""
-_TINY = 1e-300
 _HOPELESS = 0.5  # loss behind which smaller densities of a rule are not judged any more
 _SHARE = 3  # every third sequence is for the cuts
-_PROBED = 1  # sequences of these that the sensitivity of every layer is measured on
 _PROBE = 0.01  # of a layer's energy is left out for that, where a density of one half leaves out zeros
 
 
@@ -132,48 +129,57 @@ class Calibration:
             return h
 
         self._read("scores", self._for_cuts, add_scores)
-        divergence = Divergence()
-        self._read("dense", self._for_cuts[:_PROBED], _unchanged, divergence)
-        sensitivity = self._sensitivity(histograms["product"], divergence)
-        for rule, counted in histograms.items():
-            # Measured on the output of the FFN in units of |h|; of the other rule, by the same energy.
-            scale = total_energy(histograms["product"]) / total_energy(counted).clip(_TINY)
-            cuts = self._allocated(rule, counted, bounded(sensitivity * scale), divergence)
+        shares = [1 - density for density in DENSITIES]
+        even = {
+            rule: np.stack([uniform_cuts(h, share) for share in shares]) for rule, h in histograms.items()
+        }
+        even["product"] = self._shared_out(histograms["product"], even["product"])
+        for rule, cuts in even.items():
             t.curves[rule] = Curve(np.array(DENSITIES), cuts, np.full(len(DENSITIES), np.nan))
 
-    def _sensitivity(self, histograms: Histograms, divergence: Divergence) -> NDArray[np.float64]:
+    def _shared_out(self, histograms: Histograms, even: F32) -> F32:
+        """(densities, layers): densities shared out by sensitivity, by its root, or evenly, whatever diverges
+        least on another sequence.
+
+        For the rule "product" only: its score is what a neuron adds, so that its square is the harm.
+        """
+        sensitivity = bounded(self._sensitivity(histograms))
+        ways = {"even": even}
+        for name, power in (("greedy", 1.0), ("greedy, dampened", 0.5)):
+            ways[name] = np.stack([greedy_cuts(histograms, sensitivity**power, 1 - d) for d in DENSITIES])
+        middle = DENSITIES.index(0.5)
+        divergence = self._against_dense(self._for_cuts[-1:])
+        nats = {
+            name: divergence(f"density {DENSITIES[middle]:.0%}, {name}", cuts[middle])
+            for name, cuts in ways.items()
+        }
+        return ways[min(nats, key=lambda name: nats[name])]
+
+    def _sensitivity(self, histograms: Histograms) -> NDArray[np.float64]:
         """(layers,): nats of divergence from the dense model for each unit of energy left out."""
         cuts = uniform_cuts(histograms, 0.5)
         cuts = np.where(cuts > 0, cuts, energy_cuts(histograms, _PROBE))
         energies = energy_below(histograms, cuts)
-        found = np.zeros(len(cuts))
+        divergence = self._against_dense(self._for_cuts[:1])
+        found = np.full(len(cuts), np.nan)
         for ffn, energy in enumerate(energies):
             alone = np.zeros_like(cuts)
             alone[ffn] = cuts[ffn]
-            nats = self._divergence(f"sensitivity of layer {ffn}", "product", alone, divergence)
-            found[ffn] = nats / energy if energy > 0 else np.nan
+            if energy > 0:
+                found[ffn] = divergence(f"sensitivity of layer {ffn}", alone) / energy
         return found
 
-    def _allocated(
-        self, rule: Rule, histograms: Histograms, sensitivity: NDArray[np.float64], divergence: Divergence
-    ) -> F32:
-        """(densities, layers): densities shared out by sensitivity, or evenly if that diverges less."""
-        shares = [1 - density for density in DENSITIES]
-        ways = {
-            "greedy": np.stack([greedy_cuts(histograms, sensitivity, share) for share in shares]),
-            "uniform": np.stack([uniform_cuts(histograms, share) for share in shares]),
-        }
-        middle = DENSITIES.index(0.5)
-        nats = {
-            way: self._divergence(f"{rule}, {way}", rule, cuts[middle], divergence)
-            for way, cuts in ways.items()
-        }
-        return ways[min(nats, key=lambda way: nats[way])]
+    def _against_dense(self, sequences: list[NDArray[np.int64]]) -> Callable[[str, F32], float]:
+        """A function (what to call it, cuts) -> nats by which predictions diverge, by the rule "product"."""
+        divergence = Divergence()
+        self._read("dense", sequences, _unchanged, divergence)
 
-    def _divergence(self, what: str, rule: Rule, cuts: F32, divergence: Divergence) -> float:
-        divergence.begin()
-        self._read(what, self._for_cuts[:_PROBED], self._cutter(rule, cuts), divergence)
-        return divergence.nats
+        def measure(what: str, cuts: F32) -> float:
+            divergence.begin()
+            self._read(what, sequences, self._cutter("product", cuts), divergence)
+            return divergence.nats
+
+        return measure
 
     def _scores(self, rule: Rule, ffn: int, gate: F32, h: F32) -> F32:
         return np.abs(h) if rule == "product" else np.abs(gate) * self.thresholds.weights[ffn]
@@ -212,7 +218,7 @@ class Calibration:
     def _total(self) -> int:
         """Tokens of all readings, if none is hopeless."""
         judgements = len(RULES) * len(DENSITIES) + 1
-        probed = (self._model.architecture.n_layers + 1 + 2 * len(RULES)) * len(self._for_cuts[:_PROBED])
+        probed = self._model.architecture.n_layers + 1 + 4  # one sequence each
         whole = 2 * len(self._for_cuts) + probed + judgements * len(self._for_losses)
         return self._length * whole
 

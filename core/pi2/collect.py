@@ -128,7 +128,7 @@ class Collector:
 
             decoder.observer = observe
             try:
-                decoder.forward(self._with_opening(ids), KvCache(arch, len(ids) + len(self._opening)))
+                decoder.forward(self._with_opening(ids), decoder.new_cache(len(ids) + len(self._opening)))
             finally:
                 decoder.observer = None
             on_sequence(i + 1)

@@ -79,6 +79,10 @@ class Decoder:
             self._attentions = [self._fused.place_attention(spec) for spec in specs]
         self.ffns = make_ffns() if make_ffns else ResidentFfns(model, backend)
 
+    def new_cache(self, limit: int | None = None) -> KvCache:
+        """An empty KV cache for ``limit`` tokens (None: the model's maximum), as the backend wants it."""
+        return KvCache(self.arch, limit, self._backend.kv_dtype if self._fused else np.float32)
+
     def forward(self, ids: TokenIds, cache: KvCache, *, all_logits: bool = False) -> F32:
         """Append ``ids`` (n,) to ``cache``; logits of the last token (vocab,), or of all (n, vocab)."""
         return self.forward_chunks([ids], cache, all_logits=all_logits)

@@ -265,7 +265,7 @@ def _read(
     settle: Callable[[], None] = lambda: None,
 ) -> float:
     """Feed ``ids`` one by one and add how well each but the first was foreseen; seconds of computing."""
-    cache = KvCache(decoder.arch, len(ids))
+    cache = decoder.new_cache(len(ids))
     seconds = 0.0
     for at in range(len(ids) - 1):
         start = time.perf_counter()

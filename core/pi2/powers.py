@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pi2.api import Backend, FfnSpec, ModelView, Ranges
 from pi2.attention import AttentionSpec
+from pi2.kv_cache import Kv
 from pi2.tensor import F32, U8, Ids
 
 
@@ -161,11 +162,12 @@ class SupportsAttention(Protocol):
         """Make the block usable on this device; only this backend can read the handle (``release``)."""
         ...
 
-    def attention(self, block: Any, x: F32, keys: F32, values: F32, start: int, out: F32) -> None:
+    def attention(self, block: Any, x: F32, keys: Kv, values: Kv, start: int, out: F32) -> None:
         """``out`` = the block of ``x``, both (n, d), for the tokens at positions start ... start + n - 1.
 
-        ``keys`` and ``values`` (kv_heads, room, head_dim), float32, C-contiguous, hold the ``start`` tokens
-        before; those of ``x`` are written behind them, nothing else is.  room >= start + n.
+        ``keys`` and ``values`` (kv_heads, room, head_dim), C-contiguous, float32 or the backend's
+        ``kv_dtype``, hold the ``start`` tokens before; those of ``x`` are written behind them, rounded to
+        the nearest, nothing else is.  room >= start + n.
         """
         ...
 

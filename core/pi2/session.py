@@ -10,7 +10,6 @@ import numpy as np
 
 from pi2.decoder import Decoder, FfnCount
 from pi2.errors import BudgetError, OptionError
-from pi2.kv_cache import KvCache
 from pi2.sampling import Sampler, Sampling
 from pi2.stats import RunStats
 from pi2.tensor import F32
@@ -38,7 +37,7 @@ class Session:
     ) -> None:
         self.decoder = decoder
         self.tokenizer = tokenizer
-        self.cache = KvCache(decoder.arch, context)
+        self.cache = decoder.new_cache(context)
         self._group = group
         self.seen: list[int] = []
         """The tokens in the KV cache."""

@@ -20,7 +20,6 @@ from typing import Any
 from decode import machine, summary
 from pi2.decoder import Decoder
 from pi2.engine import Engine
-from pi2.kv_cache import KvCache
 from pi2.stats import versions
 
 DENSE = "dense"
@@ -41,7 +40,7 @@ def open_engine(options: argparse.Namespace, predictor: str) -> Engine:
 
 def tokens_per_s(engine: Engine, ids: Any, prompt: int) -> dict[str, float]:
     decoder = engine.decoder
-    cache = KvCache(decoder.arch, len(ids))
+    cache = decoder.new_cache(len(ids))
     decoder.forward(ids[:prompt], cache)
     start = time.perf_counter()
     for at in range(prompt, len(ids)):

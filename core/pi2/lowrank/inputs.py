@@ -114,7 +114,7 @@ class Inputs:
         decoder.observer = observe
         try:
             whole = np.concatenate((np.array(before, np.int64), ids))
-            decoder.forward(whole, KvCache(decoder.arch, len(whole)))
+            decoder.forward(whole, decoder.new_cache(len(whole)))
         finally:
             decoder.observer = None
 

@@ -15,6 +15,7 @@ from numpy.random import Generator
 from pi2.api import Backend
 from pi2.architecture import Rope
 from pi2.attention import AttentionSpec
+from pi2.kv_cache import Kv, KvDType
 from pi2.norm import Norm
 from pi2.powers import SupportsAttention
 from pi2.rope import RopeTable
@@ -23,7 +24,10 @@ from pi2.testing.attention_reference import attention
 from pi2.testing.plugin import PluginTests, examples
 from pi2.testing.strategies import displaced, generators, inputs, read_only, row_bits
 
-_UNUSED = np.uint32(0x7FC0DEAD)  # a NaN that no arithmetic makes
+_UNUSED: dict[int, Any] = {
+    4: np.uint32(0x7FC0DEAD),
+    2: np.uint16(0x7EAD),
+}  # NaNs that no arithmetic makes, by size
 HEADS = ((1, 1), (4, 4), (4, 2), (6, 1), (9, 3))  # and KV heads
 HEAD_DIMS = (2, 10, 16, 32, 64, 80)
 STARTS = (0, 5, 300)
@@ -31,7 +35,10 @@ STARTS = (0, 5, 300)
 
 @dataclass(frozen=True, slots=True)
 class AttentionCase:
-    """One call of ``attention``: x (n, d) behind keys and values (kv_heads, start, head_dim)."""
+    """One call of ``attention``: x (n, d) behind keys and values (kv_heads, start, head_dim).
+
+    Those are numbers that float16 has, so any cache holds them exactly.
+    """
 
     spec: AttentionSpec
     x: F32
@@ -87,7 +94,7 @@ def attention_cases(draw: DrawFn, tokens: tuple[int, ...] = (0, 1, 2, 33)) -> At
     spec, rng = draw(attention_specs()), draw(generators)
     x = draw(inputs(spec.q.cols, st.sampled_from(tokens)))
     shape = (spec.kv_heads, draw(st.sampled_from(STARTS)), spec.head_dim)
-    keys, values = (rng.normal(0, 1, shape).astype(np.float32) for _ in "kv")
+    keys, values = (rng.normal(0, 1, shape).astype(np.float16).astype(np.float32) for _ in "kv")
     return AttentionCase(spec, x, keys, values)
 
 
@@ -96,30 +103,36 @@ def _norm(rng: Generator, width: int, *, layer: bool) -> Norm:
     return Norm("layer" if layer else "rms", weight, bias if layer else None, 1e-2)
 
 
-def with_room(cached: F32, n: int, shift: int) -> F32:
+def with_room(cached: F32, n: int, shift: int, dtype: KvDType = np.float32) -> Kv:
     """(kv_heads, start, h) -> (kv_heads, start + n + 3, h): room behind, full of NaN."""
     kv_heads, start, h = cached.shape
-    room = displaced(np.full((kv_heads, start + n + 3, h), _UNUSED), 4 * shift).view(np.float32)
+    unused = _UNUSED[np.dtype(dtype).itemsize]
+    room: Kv = displaced(np.full((kv_heads, start + n + 3, h), unused), 4 * shift).view(dtype)
     room[:, :start] = cached
     return room
 
 
 def call_attention(
-    backend: SupportsAttention, block: object, case: AttentionCase, pieces: tuple[int, ...] = ()
-) -> tuple[F32, F32, F32]:
+    backend: SupportsAttention,
+    block: object,
+    case: AttentionCase,
+    pieces: tuple[int, ...] = (),
+    dtype: KvDType = np.float32,
+) -> tuple[F32, Kv, Kv]:
     """Output (n, d) and the keys and values written, (kv_heads, n, h); checks what had to be left alone.
 
-    ``pieces``: where the tokens are cut into several calls.
+    ``pieces``: where the tokens are cut into several calls; ``dtype``: of the cache.
     """
     x, start, n = case.x, case.start, len(case.x)
-    keys, values = (with_room(a, n, x.size % 5) for a in (case.keys, case.values))
+    keys, values = (with_room(a, n, x.size % 5, dtype) for a in (case.keys, case.values))
     before, out = x.tobytes(), np.full_like(x, np.nan)
     for first, last in zip((0, *pieces), (*pieces, n), strict=True):
         backend.attention(block, x[first:last], keys, values, start + first, out[first:last])
     assert x.tobytes() == before, "changed its input"
     for now, cached in ((keys, case.keys), (values, case.values)):
-        assert now[:, :start].tobytes() == cached.tobytes(), "changed older tokens of the cache"
-        assert np.all(now[:, start + n :].view(np.uint32) == _UNUSED), "wrote behind the tokens"
+        unused = _UNUSED[now.itemsize]
+        assert np.array_equal(now[:, :start], cached), "changed older tokens of the cache"
+        assert np.all(now[:, start + n :].view(unused.dtype) == unused), "wrote behind the tokens"
     return out, keys[:, start : start + n], values[:, start : start + n]
 
 
@@ -135,16 +148,18 @@ class AttentionTests(PluginTests):
         return backend
 
     @examples(100)
-    @given(case=attention_cases())
+    @given(case=attention_cases(), data=st.data())
     def test_attention_is_the_block_of_its_formula(
-        self, attending: SupportsAttention, case: AttentionCase
+        self, attending: SupportsAttention, case: AttentionCase, data: st.DataObject
     ) -> None:
         backend = cast(Backend, attending)
+        dtype = data.draw(st.sampled_from((np.float32, backend.kv_dtype)))
         block = attending.place_attention(case.spec)
-        got = call_attention(attending, block, case)
-        again = call_attention(attending, block, case)
+        got = call_attention(attending, block, case, dtype=dtype)
+        again = call_attention(attending, block, case, dtype=dtype)
         backend.release(block)
-        expected = attention(case.spec, case.x, case.keys, case.values, backend.tolerance)
+        halves = dtype == np.float16
+        expected = attention(case.spec, case.x, case.keys, case.values, backend.tolerance, halves=halves)
         for name, result in zip(("keys", "values", "output"), (*got[1:], got[0]), strict=True):
             right = getattr(expected, name)
             assert right.accepts(result), f"{name} are off by {np.abs(result - right.values).max()}"
@@ -157,7 +172,10 @@ class AttentionTests(PluginTests):
     ) -> None:
         backend = cast(Backend, attending)
         block = attending.place_attention(case.spec)
-        out, _, _ = call_attention(attending, block, case, (min(at, len(case.x) - 1),))
+        dtype = backend.kv_dtype
+        out, _, _ = call_attention(attending, block, case, (min(at, len(case.x) - 1),), dtype)
         backend.release(block)
-        expected = attention(case.spec, case.x, case.keys, case.values, backend.tolerance).output
+        expected = attention(
+            case.spec, case.x, case.keys, case.values, backend.tolerance, halves=dtype == np.float16
+        ).output
         assert expected.accepts(out), f"off by {np.abs(out - expected.values).max()}"

@@ -32,8 +32,13 @@ class ExpectedAttention:
     values: Expected
 
 
-def attention(spec: AttentionSpec, x: F32, keys: F32, values: F32, tolerance: float) -> ExpectedAttention:
-    """The block of x (n, d) behind the cached ``keys`` and ``values`` (kv_heads, start, head_dim)."""
+def attention(
+    spec: AttentionSpec, x: F32, keys: F32, values: F32, tolerance: float, *, halves: bool = False
+) -> ExpectedAttention:
+    """The block of x (n, d) behind the cached ``keys`` and ``values`` (kv_heads, start, head_dim).
+
+    ``halves``: what is appended to the cache is rounded to float16.
+    """
     t, start = tolerance, keys.shape[1]
     inputs = Expected(x.astype(np.float64), np.zeros(x.shape))
     y = _norm(spec.norm, inputs, t)
@@ -42,6 +47,8 @@ def attention(spec: AttentionSpec, x: F32, keys: F32, values: F32, tolerance: fl
         for weight, bias, norm in ((spec.q, spec.q_bias, spec.q_norm), (spec.k, spec.k_bias, spec.k_norm))
     )
     v = _heads(_linear(spec.v, spec.v_bias, y, t), spec.head_dim)
+    if halves:
+        k, v = _rounded(k), _rounded(v)
     mixed = _attend(spec, q, _behind(keys, k), _behind(values, v), t)
     out = _norm(spec.post_norm, _linear(spec.o, spec.o_bias, mixed, t), t)
     bound = out.bound + t * (np.abs(inputs.values) + np.abs(out.values)) + FLUSH
@@ -95,6 +102,11 @@ def _rotate(rope: RopeTable | None, x: Expected, start: int, t: float) -> Expect
 
     bound = magnitudes(x.bound) + t * magnitudes(np.abs(x.values))
     return Expected(turned(x.values, cos, -sin, sin), bound)
+
+
+def _rounded(x: Expected) -> Expected:
+    """To float16, by half a unit in the last place."""
+    return Expected(x.values, x.bound + 2.0**-11 * (np.abs(x.values) + x.bound) + 2.0**-25)
 
 
 def _behind(cached: F32, new: Expected) -> Expected:

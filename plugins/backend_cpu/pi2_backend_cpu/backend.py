@@ -10,6 +10,7 @@ import numpy as np
 from pi2.api import Backend, FfnSpec, Probe
 from pi2.attention import AttentionSpec
 from pi2.errors import OptionError, PluginError
+from pi2.kv_cache import Kv, KvDType
 from pi2.norm import Norm
 from pi2.rope import RopeTable
 from pi2.tensor import F32, U8, Ids, Tensor
@@ -60,6 +61,7 @@ class CpuBackend(Streaming, Backend):
         if not 1 <= threads <= 1024:
             raise OptionError(f"{threads} threads cannot be", hint="as many as the machine has cores is best")
         self._lib = library
+        self.kv_dtype: KvDType = np.float16 if activations == "int8" else np.float32
         wanted = None if isa is None else isa.encode()
         self._cpu = library.pi2_cpu_open(threads, None, wanted, int(activations == "int8"))
         if not self._cpu:
@@ -137,9 +139,7 @@ class CpuBackend(Streaming, Backend):
         struct.window, struct.softcap = spec.window or 0, spec.softcap or 0
         return _PlacedAttention(struct, spec.rope, arrays)
 
-    def attention(
-        self, block: _PlacedAttention, x: F32, keys: F32, values: F32, start: int, out: F32
-    ) -> None:
+    def attention(self, block: _PlacedAttention, x: F32, keys: Kv, values: Kv, start: int, out: F32) -> None:
         cosines = sines = None
         if block.rope:
             tables = block.rope.until(start + len(x))
@@ -151,6 +151,7 @@ class CpuBackend(Streaming, Backend):
             len(x),
             keys.ctypes.data,
             values.ctypes.data,
+            native.DTYPES["f16" if keys.dtype == np.float16 else "f32"],
             keys.shape[1],
             start,
             cosines,

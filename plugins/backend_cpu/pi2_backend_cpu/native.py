@@ -108,7 +108,7 @@ def library() -> ctypes.CDLL | None:
     call = [c_void_p, c_int64, *rows, c_void_p]  # x, n, rows, out
     chosen = [c_void_p, c_void_p, c_int64]  # neurons, slots, how many
     streamed, failed = [c_void_p, POINTER(Place), *chosen], POINTER(Failure)
-    cache = [c_void_p, c_void_p, c_int64, c_int64]  # keys, values, room, start
+    cache = [c_void_p, c_void_p, c_int32, c_int64, c_int64]  # keys, values, dtype, room, start
     attention = [c_void_p, c_int64, *cache, c_void_p, c_void_p, c_void_p]  # x, n, cosines, sines, out
     signatures: dict[str, tuple[object, list[object]]] = {
         "pi2_cpu_isas": (c_char_p, []),

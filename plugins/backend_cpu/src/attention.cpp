@@ -1,14 +1,12 @@
 // A whole attention block: norms, projections, RoPE, KV cache, causal attention, residual connection.
+#include "attention.h"
+
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
-#include "context.h"
+#include "panels.h"
 
 namespace {
-
-constexpr int64_t kKeys = 64;   // positions at a time: a head's keys and values of them fit the L1 cache
-constexpr int64_t kTokens = 8;  // tokens that share them
 
 // x and y (d) may be the same.  Sums in double: a fixed order, and exact enough for any d.
 void normalise(const pi2_norm& norm, const float* x, int64_t d, float* y) {
@@ -37,8 +35,8 @@ void rotate(float* head, int64_t half, const float* cosines, const float* sines)
 struct Attention {
   pi2_cpu& cpu;
   const pi2_attention& a;
-  float *keys, *values;  // (kv_heads, room, head_dim)
-  int64_t room, start;
+  const KvCache& cache;
+  int64_t start;
   const float *cosines, *sines;  // (n, rope_dims / 2)
 
   // Bias, norm and RoPE of one head of token t, in place.
@@ -59,56 +57,18 @@ struct Attention {
       for (int64_t c = 0; c < h; ++c) q[c] *= a.scale;
     }
     for (int64_t i = 0; i < a.kv_heads; ++i) {
-      const int64_t from = (t * a.kv_heads + i) * h, to = (i * room + position) * h;
+      const int64_t from = (t * a.kv_heads + i) * h, to = (i * cache.room + position) * h;
       finish(cpu.k.data() + from, a.k_bias ? a.k_bias + i * h : nullptr, a.k_norm, t);
-      std::copy_n(cpu.k.data() + from, h, keys + to);
-      for (int64_t c = 0; c < h; ++c)
-        values[to + c] = cpu.v[from + c] + (a.v_bias ? a.v_bias[i * h + c] : 0.0f);
+      store(cpu.k.data() + from, cache.keys, to);
+      for (int64_t c = 0; a.v_bias && c < h; ++c) cpu.v[from + c] += a.v_bias[i * h + c];
+      store(cpu.v.data() + from, cache.values, to);
     }
   }
 
-  // Online softmax (Milakov and Gimelshein 2018): weights relative to the largest score so far.
-  struct Running {
-    float largest = -std::numeric_limits<float>::infinity(), total = 0;
-  };
-
-  // Adds the `count` positions from `first` on to one token's sum, (head_dim).
-  void add(Running& run, const float* q, int64_t offset, int64_t count, float* sum) const {
-    float weights[kKeys];
-    cpu.kernels->scores(q, keys + offset, count, a.head_dim, weights);
-    float largest = run.largest;
-    for (int64_t j = 0; j < count; ++j) {
-      if (a.softcap > 0) weights[j] = a.softcap * std::tanh(weights[j] / a.softcap);
-      largest = std::max(largest, weights[j]);
-    }
-    if (largest > run.largest) {
-      const float shrink = std::exp(run.largest - largest);
-      run.total *= shrink;
-      for (int64_t c = 0; c < a.head_dim; ++c) sum[c] *= shrink;
-      run.largest = largest;
-    }
-    for (int64_t j = 0; j < count; ++j) run.total += weights[j] = std::exp(weights[j] - largest);
-    cpu.kernels->add_product(weights, values + offset, count, a.head_dim, sum);
-  }
-
-  // Tokens [first, last) of query head i.  Blocks of keys begin at multiples of kKeys, whatever the tokens:
-  // how a prompt is cut into chunks changes no bit.
-  void attend(int64_t i, int64_t first, int64_t last) const {
-    const int64_t h = a.head_dim, head = i / (a.heads / a.kv_heads) * room;
-    Running run[kTokens];
-    for (int64_t t = first; t < last; ++t) std::fill_n(cpu.mixed.data() + (t * a.heads + i) * h, h, 0.0f);
-    const int64_t oldest = a.window ? std::max<int64_t>(0, start + first + 1 - a.window) : 0;
-    for (int64_t block = oldest / kKeys * kKeys; block < start + last; block += kKeys)
-      for (int64_t t = first; t < last; ++t) {
-        const int64_t position = start + t;
-        const int64_t from = a.window ? std::max(block, position + 1 - a.window) : block;
-        const int64_t to = std::min(block + kKeys, position + 1);
-        const int64_t at = (t * a.heads + i) * h;
-        if (from < to)
-          add(run[t - first], cpu.q.data() + at, (head + from) * h, to - from, cpu.mixed.data() + at);
-      }
-    for (int64_t t = first; t < last; ++t)
-      for (int64_t c = 0; c < h; ++c) cpu.mixed[(t * a.heads + i) * h + c] /= run[t - first].total;
+  // One head's key or value into the cache, at element `to`.
+  void store(const float* from, void* cached, int64_t to) const {
+    if (cache.half) cpu.kernels->panels->to_halves(from, a.head_dim, static_cast<uint16_t*>(cached) + to);
+    else std::copy_n(from, a.head_dim, static_cast<float*>(cached) + to);
   }
 };
 
@@ -123,8 +83,8 @@ void close_block(const pi2_attention& a, const float* x, int64_t d, float* out) 
 
 }  // namespace
 
-extern "C" void pi2_cpu_attention(pi2_cpu* cpu, const pi2_attention* a, const float* x, int64_t n,
-                                  float* keys, float* values, int64_t room, int64_t start,
+extern "C" void pi2_cpu_attention(pi2_cpu* cpu, const pi2_attention* a, const float* x, int64_t n, void* keys,
+                                  void* values, int32_t kv_dtype, int64_t room, int64_t start,
                                   const float* cosines, const float* sines, float* out) {
   if (n == 0) return;
   const int64_t d = a->q.cols;
@@ -142,13 +102,11 @@ extern "C" void pi2_cpu_attention(pi2_cpu* cpu, const pi2_attention* a, const fl
                                           {&a->k, nullptr, a->k.rows, cpu->k.data()},
                                           {&a->v, nullptr, a->v.rows, cpu->v.data()}};
   cpu->multiply(y, n, projections, 3);
-  const Attention attention{*cpu, *a, keys, values, room, start, cosines, sines};
+  const KvCache cache{keys, values, kv_dtype == PI2_F16, room};
+  const Attention attention{*cpu, *a, cache, start, cosines, sines};
   cpu->pool.for_each(n, [&](int64_t t) { attention.prepare(t); });
-  const int64_t groups = (n + kTokens - 1) / kTokens;
-  cpu->pool.for_each(a->heads * groups, [&](int64_t chunk) {
-    const int64_t first = chunk % groups * kTokens;
-    attention.attend(chunk / groups, first, std::min(n, first + kTokens));
-  });
+  if (n == 1) mix_one(*cpu, *a, cache, start);
+  else mix_many(*cpu, *a, cache, start, n);
   const pi2_cpu::Product output{&a->o, nullptr, d, out};
   cpu->multiply(cpu->mixed.data(), n, &output, 1);
   cpu->pool.for_each(n, [&](int64_t t) { close_block(*a, x + t * d, d, out + t * d); });

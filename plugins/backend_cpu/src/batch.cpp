@@ -159,8 +159,10 @@ struct Many {
     for (int64_t i = 0; i < count; ++i) h[i] = h[i] == 0.0f ? h[i] : h[i] * ups[i];
   }
   static void times_at(float* h, const int32_t* places, const float* ups, int64_t count) {
-    for (int64_t i = 0; i < count; ++i)
-      if (h[places[i]] != 0.0f) h[places[i]] *= ups[i];
+    for (int64_t i = 0; i < count; ++i) {
+      const float value = h[places[i]];
+      h[places[i]] = value == 0.0f ? value : value * ups[i];
+    }
   }
 
   // Neurons, among the k, that are active for any token.

@@ -28,18 +28,20 @@ struct pi2_cpu {
   pi2::Pool pool;
   bool integer;
   QuantisedBatch batch;
-  std::vector<float> hidden;           // (n, k)
-  std::vector<float> sums;             // (ranges, d): of the down rows of a range's active neurons
-  std::vector<int64_t> active;         // (ranges): how many those are
-  std::vector<uint8_t> tiles[3];       // x of many tokens, packed for each kind of panel
-  std::vector<uint8_t> any_active;     // (k): whether a neuron is active for any token
-  std::vector<int32_t> active_places;  // of these neurons among the k, and
-  std::vector<int32_t> chosen;         // their rows
-  std::vector<float> listed, sizes;    // h of many tokens, rearranged for down
-  std::vector<uint8_t> places, found;  // where they were, and how many there are
-  std::vector<float> normed;           // (n, d)
-  std::vector<float> q, k, v;          // (n, heads * head_dim), as the matrices give them
-  std::vector<float> mixed;            // (n, heads * head_dim), what attention makes of the values
+  std::vector<float> hidden;                // (n, k)
+  std::vector<float> sums;                  // (ranges, d): of the down rows of a range's active neurons
+  std::vector<int64_t> active;              // (ranges): how many those are
+  std::vector<uint8_t> tiles[3];            // x of many tokens, packed for each kind of panel
+  std::vector<uint8_t> any_active;          // (k): whether a neuron is active for any token
+  std::vector<int32_t> active_places;       // of these neurons among the k, and
+  std::vector<int32_t> chosen;              // their rows
+  std::vector<float> listed, sizes;         // h of many tokens, rearranged for down
+  std::vector<uint8_t> places, found;       // where they were, and how many there are
+  std::vector<float> normed;                // (n, d)
+  std::vector<float> q, k, v;               // (n, heads * head_dim), as the matrices give them
+  std::vector<float> mixed;                 // (n, heads * head_dim), what attention makes of the values
+  std::vector<float> partial;               // (ranges, heads, head_dim + 2), of one token
+  std::vector<std::vector<float>> scratch;  // one a thread
 
   bool integers_for(int32_t dtype) const { return integer && (dtype == PI2_Q8_0 || dtype == PI2_Q4_0); }
   void quantise(const float* x, int64_t n, int64_t cols);

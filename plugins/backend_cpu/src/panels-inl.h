@@ -94,6 +94,40 @@ struct MakePanels {
       for (int64_t n = 0; n < count; ++n) y[c] += h[n] * w[places[n] * width + c];
   }
 
+  using E = typename P::V;  // of P's own width
+  using Floats = typename E::F;
+
+  // exp(x) for x <= 0 as 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; at least exp(-87), which is next
+  // to nothing.
+  static inline Floats exponential(Floats x) {
+    x = E::max(x, E::broadcast(-87.0f));
+    const Floats n = P::round(E::mul(x, E::broadcast(1.44269504f)));
+    Floats r = E::fma(n, E::broadcast(-0.693359375f), x);  // ln 2 in two parts
+    r = E::fma(n, E::broadcast(2.12194440e-4f), r);
+    Floats p = E::broadcast(1.0f / 5040);
+    constexpr float kTaylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+    for (const float c : kTaylor) p = E::fma(p, r, E::broadcast(c));
+    return E::mul(p, P::power_of_two(n));
+  }
+
+  static float weigh(float* w, int64_t count, float largest) {
+    const Floats negative = E::broadcast(-largest), one = E::broadcast(1.0f);
+    Floats sum = E::zero();
+    int64_t i = 0;
+    for (; i + E::kWidth <= count; i += E::kWidth) {
+      const Floats e = exponential(E::fma(E::load(w + i), one, negative));
+      E::store(w + i, e);
+      sum = E::fma(e, one, sum);
+    }
+    if (i == count) return E::sum(sum);
+    float rest[E::kWidth] = {}, total = E::sum(sum);
+    __builtin_memcpy(rest, w + i, (count - i) * sizeof(float));
+    E::store(rest, exponential(E::fma(E::load(rest), one, negative)));
+    __builtin_memcpy(w + i, rest, (count - i) * sizeof(float));
+    for (int64_t j = 0; j < count - i; ++j) total += rest[j];
+    return total;
+  }
+
   static constexpr Panels table() {
     return {R,
             {kBlock * R * 4, P::kBytesPanel, P::kNibblesPanel},
@@ -104,7 +138,9 @@ struct MakePanels {
             P::kPackColumns,
             P::kPackActivations,
             multiply,
-            add_listed};
+            add_listed,
+            P::to_halves,
+            weigh};
   }
 };
 

@@ -35,6 +35,10 @@ struct Panels {
   // y[0 .. width) += sum over i < count of h[i] * w[places[i]][0 .. width): floats, zeros left out.
   void (*add_listed)(const float* h, const uint8_t* places, int64_t count, const float* w, int64_t width,
                      float* y);
+  // Rounded to float16, to the nearest.
+  void (*to_halves)(const float* x, int64_t count, uint16_t* out);
+  // w[i] = exp(w[i] - largest) for i < count; returns their sum.
+  float (*weigh)(float* w, int64_t count, float largest);
 };
 
 }  // namespace pi2

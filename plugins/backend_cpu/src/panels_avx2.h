@@ -7,6 +7,7 @@ namespace pi2 {
 namespace {
 
 struct Avx2Panels {
+  using V = Avx2;
   using I = __m256i;
   static constexpr int kRows = 16, kVecs = 2, kLanes = 8;
 
@@ -197,6 +198,18 @@ struct Avx2Panels {
   }
   static constexpr decltype(Panels::pack_columns) kPackColumns = pack_columns;
   static constexpr decltype(Panels::pack_activations) kPackActivations = pack_activations;
+
+  static void to_halves(const float* x, int64_t count, uint16_t* out) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), 0));
+    for (; i < count; ++i) out[i] = _cvtss_sh(x[i], 0);
+  }
+  static __m256 round(__m256 x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static __m256 power_of_two(__m256 n) {  // n whole, -126 .. 127, or NaN
+    const I biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+  }
 
   // Here and now in a register: left alone, GCC multiplies far ahead and spills, and loads weights again.
   static void keep(I& v) { asm("" : "+x"(v)); }

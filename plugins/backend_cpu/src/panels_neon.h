@@ -7,6 +7,7 @@ namespace pi2 {
 namespace {
 
 struct NeonPanels {
+  using V = Neon;
   static constexpr int kRows = 16, kVecs = 4, kLanes = 4;
 
   struct Weights {
@@ -75,6 +76,21 @@ struct NeonPanels {
   // 16-bit products are no faster than floats here.
   static constexpr decltype(Panels::pack_columns) kPackColumns = nullptr;
   static constexpr decltype(Panels::pack_activations) kPackActivations = nullptr;
+
+  static void to_halves(const float* x, int64_t count, uint16_t* out) {
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4)
+      vst1_u8(reinterpret_cast<uint8_t*>(out + i), vreinterpret_u8_f16(vcvt_f16_f32(Neon::load(x + i))));
+    for (; i < count; ++i) {
+      const __fp16 value = static_cast<__fp16>(x[i]);
+      __builtin_memcpy(out + i, &value, 2);
+    }
+  }
+  static float32x4_t round(float32x4_t x) { return vrndnq_f32(x); }
+  static float32x4_t power_of_two(float32x4_t n) {  // n whole, -126 .. 127, or NaN
+    const int32x4_t biased = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));
+    return vreinterpretq_f32_s32(vshlq_n_s32(biased, 23));
+  }
 
 #if defined(__ARM_FEATURE_DOTPROD)
   struct Sum {

@@ -7,6 +7,7 @@ namespace pi2 {
 namespace {
 
 struct ScalarPanels {
+  using V = Scalar;
   static constexpr int kRows = 4;
   struct Weights {
     int8_t quants[kBlock][kRows];
@@ -57,6 +58,35 @@ struct ScalarPanels {
   // 16-bit products are no faster than floats here.
   static constexpr decltype(Panels::pack_columns) kPackColumns = nullptr;
   static constexpr decltype(Panels::pack_activations) kPackActivations = nullptr;
+
+  static uint16_t half(float x) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);   // NaN
+    if (size >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to infinity
+    if (size < 0x38800000) {  // subnormal: as many 2^-24 as the float addition leaves whole
+      float shifted;
+      __builtin_memcpy(&shifted, &size, 4);
+      shifted += 0.5f;  // its last bit is worth 2^-24
+      uint32_t low;
+      __builtin_memcpy(&low, &shifted, 4);
+      return static_cast<uint16_t>(sign | (low - 0x3f000000));
+    }
+    const uint32_t odd = size >> 13 & 1;  // to even
+    return static_cast<uint16_t>(sign | ((size - 0x38000000 + 0xfff + odd) >> 13));
+  }
+  static void to_halves(const float* x, int64_t count, uint16_t* out) {
+    for (int64_t i = 0; i < count; ++i) out[i] = half(x[i]);
+  }
+  static float round(float x) { return __builtin_rintf(x); }
+  static float power_of_two(float n) {  // n whole, -126 .. 127, or NaN
+    if (n != n) return n;
+    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+  }
 
   static void multiply_bytes(const uint8_t* panel, const uint8_t* tile, int64_t blocks, float* sums) {
     const Weights* w = reinterpret_cast<const Weights*>(panel);

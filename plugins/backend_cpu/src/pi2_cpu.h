@@ -116,11 +116,11 @@ PI2_API int64_t pi2_cpu_stream_spans(pi2_stream* stream, pi2_span* into);
 PI2_API void pi2_cpu_stream_close(pi2_stream* stream);
 
 /* A whole attention block with its residual connection (pi2.powers.SupportsAttention); x and out (n, d). keys
- * and values (kv_heads, room, head_dim) get n more positions from `start` on; cosines and sines
- * (n, rope_dims / 2) are those of these positions. */
-PI2_API void pi2_cpu_attention(pi2_cpu* cpu, const pi2_attention* a, const float* x, int64_t n, float* keys,
-                               float* values, int64_t room, int64_t start, const float* cosines,
-                               const float* sines, float* out);
+ * and values (kv_heads, room, head_dim), PI2_F32 or PI2_F16, get n more positions from `start` on; cosines
+ * and sines (n, rope_dims / 2) are those of these positions. */
+PI2_API void pi2_cpu_attention(pi2_cpu* cpu, const pi2_attention* a, const float* x, int64_t n, void* keys,
+                               void* values, int32_t kv_dtype, int64_t room, int64_t start,
+                               const float* cosines, const float* sines, float* out);
 
 #ifdef __cplusplus
 }

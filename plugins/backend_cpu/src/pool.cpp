@@ -38,7 +38,7 @@ void pin(int cpu) {
 Pool::Pool(int threads, const int32_t* cpus) {
   for (int i = 1; i < threads; ++i) {
     const int cpu = cpus ? cpus[i] : -1;
-    workers_.emplace_back([this, cpu] { loop(cpu); });
+    workers_.emplace_back([this, i, cpu] { loop(i, cpu); });
   }
 }
 
@@ -54,7 +54,7 @@ Pool::~Pool() {
 
 void Pool::run(Task task, void* context, int64_t chunks) {
   if (workers_.empty() || chunks < 2) {
-    for (int64_t i = 0; i < chunks; ++i) task(context, i);
+    for (int64_t i = 0; i < chunks; ++i) task(context, 0, i);
     return;
   }
   task_ = task;
@@ -67,22 +67,22 @@ void Pool::run(Task task, void* context, int64_t chunks) {
     std::lock_guard<std::mutex> lock(mutex_);
     wake_.notify_all();
   }
-  work();
+  work(0);
   for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
     if (spins < kSpinsBeforeYield) pause();
     else std::this_thread::yield();
   }
 }
 
-void Pool::work() {
+void Pool::work(int thread) {
   for (;;) {
     const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
     if (i >= chunks_) return;
-    task_(context_, i);
+    task_(context_, thread, i);
   }
 }
 
-void Pool::loop(int cpu) {
+void Pool::loop(int thread, int cpu) {
   pin(cpu);
   uint32_t seen = 0;
   for (;;) {
@@ -98,7 +98,7 @@ void Pool::loop(int cpu) {
     }
     seen = job_.load(std::memory_order_acquire);
     if (stop_.load()) return;
-    work();
+    work(thread);
     busy_.fetch_sub(1, std::memory_order_release);
   }
 }

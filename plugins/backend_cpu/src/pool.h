@@ -19,19 +19,25 @@ class Pool {
 
   int size() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls task(context, i) for every i in [0, chunks), in any order and on any thread; returns when all are
-  // done.
-  using Task = void (*)(void* context, int64_t chunk);
+  // Calls task(context, thread, i) for every i in [0, chunks), in any order and on any thread; returns when
+  // all are done.
+  using Task = void (*)(void* context, int thread, int64_t chunk);
   void run(Task task, void* context, int64_t chunks);
 
   template <class Body>
   void for_each(int64_t chunks, Body&& body) {
-    run([](void* b, int64_t i) { (*static_cast<Body*>(b))(i); }, &body, chunks);
+    run([](void* b, int, int64_t i) { (*static_cast<Body*>(b))(i); }, &body, chunks);
+  }
+
+  // The same as body(thread, i), thread in [0, size()): for scratch of its own.
+  template <class Body>
+  void for_each_on(int64_t chunks, Body&& body) {
+    run([](void* b, int thread, int64_t i) { (*static_cast<Body*>(b))(thread, i); }, &body, chunks);
   }
 
  private:
-  void work();
-  void loop(int cpu);
+  void work(int thread);
+  void loop(int thread, int cpu);
 
   Task task_ = nullptr;
   void* context_ = nullptr;

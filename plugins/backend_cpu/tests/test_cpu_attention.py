@@ -1,8 +1,11 @@
 """Attention blocks and whole models: any threads, any pieces, and the same as the reference."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from pi2.architecture import Rope
 from pi2.builtin.exact_predictor import ExactPredictor
 from pi2.builtin.mmap_tier import MmapTier
@@ -28,13 +31,16 @@ MODELS = {
 
 
 @settings(deadline=None, max_examples=20)
-@given(case=attention_cases())
-def test_the_bits_of_attention_do_not_depend_on_the_threads(case):
+@given(case=attention_cases(), dtype=st.sampled_from((np.float32, np.float16)))
+def test_the_bits_of_attention_do_not_depend_on_the_threads(case, dtype):
     results = set()
     for threads in (1, 2, 3, 8):
         backend = CpuBackend(threads=threads)
         results.add(
-            tuple(a.tobytes() for a in call_attention(backend, backend.place_attention(case.spec), case))
+            tuple(
+                a.tobytes()
+                for a in call_attention(backend, backend.place_attention(case.spec), case, (), dtype)
+            )
         )
         backend.close()
     assert len(results) == 1
@@ -48,10 +54,10 @@ def test_cutting_a_prompt_into_pieces_of_several_tokens_changes_no_bit_of_attent
     @settings(deadline=None, max_examples=20)
     @given(case=attention_cases(tokens=(33,)))
     def check(case):
-        block = backend.place_attention(case.spec)
-        whole, *cached = call_attention(backend, block, case)
+        block, dtype = backend.place_attention(case.spec), backend.kv_dtype
+        whole, *cached = call_attention(backend, block, case, (), dtype)
         for pieces in ((2, 5, 20), (16,), tuple(range(2, 32, 2))):
-            again, *cached_again = call_attention(backend, block, case, pieces)
+            again, *cached_again = call_attention(backend, block, case, pieces, dtype)
             assert again.tobytes() == whole.tobytes()
             assert [a.tobytes() for a in cached_again] == [a.tobytes() for a in cached]
 
@@ -79,3 +85,23 @@ def test_a_model_says_what_it_says_in_numpy(tmp_path, name, quant):
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
     assert same_tokens == tokens
     tier.close()
+
+
+def test_the_cache_is_in_halves_where_activations_are_rounded_anyway():
+    assert CpuBackend(threads=1).kv_dtype is np.float16
+    assert CpuBackend(threads=1, activations="f32").kv_dtype is np.float32
+
+
+@settings(deadline=None, max_examples=20)
+@given(case=attention_cases(tokens=(40,)), at=st.integers(0, 39))
+def test_a_token_that_is_no_number_changes_none_before_it(case, at):
+    """Masked by their weights alone, later values would reach them: 0 * NaN is NaN."""
+    backend = CpuBackend(threads=2)
+    block = backend.place_attention(case.spec)
+    right, *_ = call_attention(backend, block, case)
+    x = case.x.copy()
+    x[at, 0] = np.nan
+    out, *_ = call_attention(backend, block, dataclasses.replace(case, x=x))
+    assert out[:at].tobytes() == right[:at].tobytes()
+    assert np.isnan(out[at]).any()
+    backend.close()

@@ -52,14 +52,16 @@ class Programs:
             warnings.simplefilter("ignore", cl.CompilerWarning)  # drivers chat; errors are raised
             if path and path.exists():
                 try:
-                    program = cl.Program(self._context, [self._device], [path.read_bytes()]).build()
+                    program = cl.Program(self._context, [self._device], [path.read_bytes()]).build(
+                        cache_dir=False
+                    )
                 except (cl.Error, OSError):
                     path.unlink(missing_ok=True)  # another driver's, or damaged: built anew
                 else:
                     self.loaded += 1
                     return program
             try:
-                program = cl.Program(self._context, _source(file)).build(flags)
+                program = cl.Program(self._context, _source(file)).build(flags, cache_dir=False)
             except cl.Error as e:
                 raise PluginError(
                     f"the OpenCL driver of {self._device.name.strip()} refuses {file}.cl: {_brief(e)}",

@@ -71,7 +71,7 @@ void linear_case(Random& r, const Context& c) {
   const int32_t dtype = static_cast<int32_t>(r.below(4));
   const int64_t cols = some_cols(r, dtype >= PI2_Q8_0), bytes = row_bytes(dtype, cols);
   const int64_t all = r.pick<int64_t>({0, 1, 2, 3, 5, 16, 17, 65, 300}),
-                n = r.pick<int64_t>({0, 1, 1, 2, 3, 5, 33});
+                n = r.one_in(9) ? 131 : r.pick<int64_t>({0, 1, 1, 2, 3, 5, 33});
   Exact<uint8_t> weights(all * bytes, r.below(64));
   for (int64_t i = 0; i < all; ++i) fill_row(r, dtype, cols, weights.data + i * bytes);
   int64_t bad;
@@ -147,7 +147,7 @@ Value hidden(const pi2_ffn& f, const uint8_t* bundle, const float* x, const Cont
 
 void ffn_case(Random& r, const Context& c) {
   pi2_ffn f = some_ffn(r);
-  const int64_t n = r.pick<int64_t>({0, 1, 1, 1, 2, 5}), d = f.d_model;
+  const int64_t n = r.one_in(30) ? 261 : r.pick<int64_t>({0, 1, 1, 1, 2, 5}), d = f.d_model;
   Exact<uint8_t> bundles(f.count * f.stride, r.below(64));
   f.bundles = bundles.data;
   for (int64_t i = 0; i < f.count; ++i) {
