@@ -100,7 +100,7 @@ make_site
 say "wheels: $(cd "$work/wheels" && echo ./*)"
 cd "$repo"
 failed=0
-models=(cortex-a53:neon cortex-a76:neon_dotprod "max,sve=off:neon_dotprod")
+models=(cortex-a53:neon cortex-a76:neon_dotprod "max,sve=off:neon_i8mm")
 running=()
 trap '[ ${#running[@]} = 0 ] || kill "${running[@]}" 2>/dev/null || true' EXIT
 for pair in "${models[@]}"; do

@@ -58,6 +58,8 @@ native)
     stress address,undefined,float-cast-overflow kernels 500
     stress thread kernels 30
     stress thread pool 250
+    stress address,undefined,float-cast-overflow streams 300
+    stress thread streams 100
     ;;
 aarch64)
     configure=(-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64

@@ -14,7 +14,7 @@ import pytest
 HERE = Path(__file__).parent
 FILES = {
     name: file
-    for file in (HERE / "wrong_backends.py", HERE / "wrong_parts.py")
+    for file in (HERE / "wrong_backends.py", HERE / "wrong_parts.py", HERE / "wrong_streams.py")
     for name in re.findall(r"^class Test(\w+)", file.read_text(), re.MULTILINE)
 }
 
@@ -23,6 +23,8 @@ CAUGHT_BY = {
     "AnswersBeforeItHasRead": "reads_in_flight_end_as_plain_reads_do",
     "ChangesItsInput": "ffn_is_the_sum_over_its_neurons",
     "ClaimsTooCoarseATolerance": "its_tolerance_is_positive_and_finer_than_eight_bits",
+    "ComputesBeforeTheBytesAreThere": "a_stream_gives_the_bits_of_a_full_slab",
+    "CountsBytesThatItDidNotRead": "a_settled_prefetch_is_there_or_is_not",
     "CountsEveryNeuron": "ffn_is_the_sum_over_its_neurons",
     "DecodesASlabOnce": "a_slab_may_change_between_calls",
     "DropsTheBias": "ffn_is_the_sum_over_its_neurons",
@@ -37,6 +39,7 @@ CAUGHT_BY = {
     "IsNotDeterministic": "linear_is_the_matrix_product_of_the_exact_weights",
     "KeepsKeysInThirtyTwoBits": "victims_are_always_residents",
     "LeavesAnElementUnwritten": "linear_is_the_matrix_product_of_the_exact_weights",
+    "LeavesReadsBehind": "a_stream_may_be_closed_while_it_reads",
     "MissesANeuron": "if_lossless_it_misses_no_active_neuron",
     "MistakesOneGeluForTheOther": "ffn_is_the_sum_over_its_neurons",
     "NamesNeuronsOutOfOrder": "it_names_neurons_in_order_and_the_same_ones_again",
@@ -55,12 +58,15 @@ CAUGHT_BY = {
     "SumsInAnOrderThatDependsOnTheRows": "neurons_that_are_zero_change_no_bit",
     "SwallowsNan": "ffn_keeps_what_is_not_finite_in_its_row",
     "SwapsTheNibbles": "linear_is_the_matrix_product_of_the_exact_weights",
+    "TakesAGateForAWholeNeuron": "a_stream_gives_the_bits_of_a_full_slab",
     "TakesNeuronsForSlots": "a_slab_gives_the_bits_of_the_ffn",
+    "TracesUnasked": "spans_tell_what_was_done",
+    "UsesWhatItCouldNotRead": "a_failed_read_ends_the_call_and_nothing_else",
     "WritesAfterACancel": "reads_in_flight_end_as_plain_reads_do",
     "WritesBehindTheOutput": "linear_is_the_matrix_product_of_the_exact_weights",
     "WritesBehindTheTokens": "attention_is_the_block_of_its_formula",
 }
-RIGHT = ("Attending", "Plain", "PlainPredictor")
+RIGHT = ("Attending", "OneByOne", "Plain", "PlainPredictor")
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,21 @@ from pi2.container import Predictors
 from pi2.engine import Engine
 from pi2.errors import BudgetError, FormatError, OptionError, StorageError
 from pi2.lowrank import inputs as inputs_module
-from pi2.lowrank.closed_form import closed_form, density_at, labels, threshold_for
+from pi2.lowrank.closed_form import (
+    Weigher,
+    closed_form,
+    costly_misses,
+    density_at,
+    labels,
+    missed_share,
+    threshold_for,
+)
 from pi2.lowrank.training import Training, TrainSettings
 from pi2.lowrank.widths import candidates, choose_widths, predictor_bytes
 from pi2.plugins import Plugins
 from pi2.tensor import Tensor
 from pi2.testing.models import ffn_inputs, toy_architecture, write_toy_model
+from pi2.testing.predictor import spec_of
 from pi2.testing.strategies import generators
 
 BUILTINS = Plugins.installed(Settings(plugins=frozenset()))
@@ -261,3 +270,63 @@ def test_nothing_imports_torch_before_it_trains():
         "import pi2.builtin.lowrank_predictor; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_missed_neuron_weighs_is_its_share_of_the_output(models, kind):
+    with Engine.open(models[kind], predictor="exact", plugins=BUILTINS) as engine:
+        model, arch = engine.model, engine.model.architecture
+        x = ffn_inputs(arch, 5, np.random.default_rng(0))
+        weights = Weigher(model, 1)(x)
+        assert np.array_equal(weights > 0, active_neurons(model, 1, x))
+        for token, row in zip(x, weights, strict=True):
+            active = np.flatnonzero(row)
+            assert row[active].mean() == pytest.approx(3, rel=1e-4)
+            sizes = []
+            for neuron in active:
+                out = np.empty((1, arch.d_model), np.float32)
+                ids = np.array([neuron], np.int32)
+                engine.backend.ffn(
+                    engine.backend.place_ffn(model.bundles(1), spec_of(model)), token[None], out, ids
+                )
+                sizes.append(np.linalg.norm(out))
+            share = (row[active] / 3 - 0.1) / 0.9
+            assert np.allclose(share, sizes / np.mean(sizes), rtol=1e-3, atol=1e-3)
+
+
+@settings(deadline=None, max_examples=30)
+@given(generators, st.floats(0, 1))
+def test_the_missed_share_is_that_of_the_neurons_that_are_not_named(rng, density):
+    scores = rng.permutation(60).reshape(3, 20).astype(np.float32)  # no ties
+    weights = np.maximum(rng.normal(0, 1, scores.shape), 0).astype(np.float32)
+    named = scores >= 60 - max(1, round(density * 60))
+    share = np.square(weights[~named]).sum() / np.square(weights).sum()
+    assert missed_share(scores, weights, density) == pytest.approx(share, abs=1e-6)
+    assert missed_share(scores, weights * 0, density) == 0
+
+
+@settings(deadline=None, max_examples=50)
+@given(generators, st.floats(0.01, 0.5))
+def test_a_neuron_that_makes_much_of_a_token_is_never_missed(rng, share):
+    weights = np.exp(rng.normal(0, 2, (6, 20))).astype(np.float32)
+    named = rng.random(weights.shape) < 0.5
+    always = costly_misses(weights, named, share)
+    part = np.square(weights) / np.square(weights).sum(axis=1, keepdims=True)
+    still_missed = np.where(named | always, 0, part)
+    assert still_missed.max() <= share * (1 + 1e-5)
+    for neuron in np.flatnonzero(always):
+        assert (part[~named[:, neuron], neuron] > share * (1 - 1e-5)).any()  # for a reason
+
+
+def test_a_first_token_that_attention_leans_on_keeps_its_neurons(models, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("pi2.lowrank.training._SPOILS", 0.0)  # whatever is missed spoils
+    found = train(models["relu"], texts, tmp_path / "p")
+    for layer in found.layers.values():
+        assert layer.measured.recall == 1
+        assert (layer.fc2_bias == np.float32(1e30)).any()
+    predictor = LowRankPredictor.open()
+    with Engine.open(models["relu"], predictor="exact", plugins=BUILTINS) as engine:
+        predictor.use(found, engine.backend)
+        named = predictor.predict(0, np.zeros((1, 64), np.float32))
+        assert set(np.flatnonzero(found.layers[0].fc2_bias == np.float32(1e30))) <= set(named)
+        predictor.close()

@@ -159,7 +159,7 @@ def test_closing_gives_the_memory_of_the_cache_back():
 
 
 def test_a_trace_has_every_span_with_its_layer_and_cluster(tmp_path):
-    with toys.engine("wide", slots=170, trace=tmp_path / "t.json") as engine:
+    with toys.engine("wide", slots=170, two_phase="on", trace=tmp_path / "t.json") as engine:
         toys.logits(engine, [1, 2], list(range(5)))
         engine.offloaded.take_count()
     events = json.loads((tmp_path / "t.json").read_text())

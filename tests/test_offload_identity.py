@@ -32,7 +32,7 @@ def setups(draw):
         "storage": storage,
         "slots": draw(st.sampled_from([toys.NEURONS, toys.NEURONS + 7, 2 * toys.NEURONS, 10**6])),
         "policy": draw(st.sampled_from(["lru", "clock", "lfu:half_life=2", "s3fifo", "quota"])),
-        "two_phase": draw(st.booleans()),
+        "two_phase": draw(st.sampled_from(["auto", "on", "off"])),
         "prefetch": draw(st.sampled_from(["on", "off", "auto"] if ahead else ["off", "auto"])),
         "cluster": draw(st.sampled_from([1, 16, 64])),
         "pipeline": draw(st.sampled_from(["auto", "python"])),
@@ -98,12 +98,12 @@ def test_a_cache_that_is_too_small_for_the_model_evicts_and_one_that_holds_it_do
 def test_two_phases_read_less_than_one():
     """Of a predictor that names too much: its wrong neurons cost a gate each, not a bundle."""
     read = {}
-    for two_phase in (True, False):
+    for two_phase in ("on", "off"):
         setup = {"predictor": "lookahead:margin=2", "slots": 10**6, "two_phase": two_phase}
         with toys.engine("wide", pipeline="python", prefetch="off", **setup) as engine:
             toys.logits(engine, tokens(1, 1), tokens(2, 1))
             read[two_phase] = engine.offloaded.take_count().stream.bytes_read
-    assert read[True] < 0.8 * read[False]
+    assert read["on"] < 0.8 * read["off"]
 
 
 def test_the_exact_predictor_names_few_neurons_of_a_sparse_model_on_flash():
@@ -126,6 +126,7 @@ def test_fewer_slots_than_an_ffn_has_neurons_are_refused():
         ({"cluster": 0}, "a cluster of 0 neurons"),
         ({"prefetch": "maybe"}, "prefetch is auto, on or off, not 'maybe'"),
         ({"pipeline": "c"}, "pipeline is auto, native or python, not 'c'"),
+        ({"two_phase": "perhaps"}, "two_phase is auto, on or off, not 'perhaps'"),
         ({"prefetch": "on"}, "storage mmap cannot read ahead"),
         ({"pipeline": "native"}, "numpy with mmap has no native pipeline"),
     ],

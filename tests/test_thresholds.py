@@ -17,6 +17,7 @@ from pi2.config import Settings
 from pi2.container import replace_file
 from pi2.engine import Engine
 from pi2.errors import FormatError, OptionError
+from pi2.offload import OffloadOptions
 from pi2.plugins import Plugins
 from pi2.statistics_file import FORMAT, STATISTICS, Statistics
 from pi2.testing.models import ffn_inputs, toy_architecture, write_toy_model
@@ -166,6 +167,24 @@ def test_thresholds_that_do_not_suit_are_refused(silu):
     threshold_files.install(silu, toy_architecture(), losses=(NAN, NAN))
     with pytest.raises(FormatError, match="the rule gate was not calibrated"):
         attached(silu, rule="gate")
+
+
+@pytest.mark.parametrize("rule", ["product", "gate"])
+def test_a_model_on_flash_has_the_logits_of_the_resident_one(silu, rule):
+    threshold_files.install(silu, toy_architecture())
+    choice = f"threshold:density=0.5,max_loss=1,rule={rule}"
+    found = []
+    for offload in (None, OffloadOptions(slots=170)):
+        with Engine.open(
+            silu, backend="numpy", predictor=choice, plugins=BUILTINS, offload=offload
+        ) as engine:
+            predictor, session = engine.decoder.predictor, engine.session()
+            session.forward([256, 1, 2])
+            found.append(np.stack([session.forward([token]) for token in (7, 8, 9)]))
+            rows = 160 * (1 if rule == "gate" else 2) * (64 + 4)  # q8_0: 64 quants, two scales
+            assert predictor.footprint(0) == (0, rows)
+            assert predictor.offloaded_bytes(engine.model) == 2 * rows
+    assert np.array_equal(*found)
 
 
 @pytest.mark.parametrize(

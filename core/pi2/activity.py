@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi2.api import ModelView
-from pi2.tensor import F32, DType, Tensor
+from pi2.tensor import F32
 
 Active = NDArray[np.bool_]
 """(n, neurons): whether a neuron is active for a token."""
@@ -25,22 +25,6 @@ def gate_values(model: ModelView, ffn: int, x: F32, segment: str | None = None) 
     if g.biased:
         values += g.unpack_segment(bundles, "bias")[:, 0 if segment == "gate" else -1]
     return values
-
-
-def segment_matrix(model: ModelView, ffn: int, segment: str) -> Tensor:
-    """One segment of all bundles of an FFN ("gate", "up", "down") as a matrix of its own, (neurons, d)."""
-    g = model.geometry
-    offset, size = g.segments()[segment]
-    dtype: DType = getattr(g, segment)
-    return Tensor(np.ascontiguousarray(model.bundles(ffn)[:, offset : offset + size]), dtype, g.d_model)
-
-
-def segment_bias(model: ModelView, ffn: int, segment: str) -> F32:
-    """The bias of a gate or up segment, (neurons,); (1,) of zero in models without."""
-    if not model.geometry.biased:
-        return np.zeros(1, np.float32)
-    bias = model.geometry.unpack_segment(model.bundles(ffn), "bias")
-    return np.ascontiguousarray(bias[:, 0 if segment == "gate" else -1])
 
 
 def active_neurons(model: ModelView, ffn: int, x: F32) -> Active:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pi2.activation_counts import ActivationCounts
 from pi2.activity import Active
 from pi2.errors import FormatError
+from pi2.thresholds import Thresholds
 
 HOT: Final = 0.5
 """A neuron is called hot if it is active in so large a share of the steps."""
@@ -72,6 +73,17 @@ def describe(
         "repeated": _numbers(_share(repeated, later)),
         "up_where_gate": _numbers(_share(both, gate)),
         "coactivation": together,
+    }
+
+
+def threshold_costs(found: Thresholds) -> dict[str, list[dict[str, float]]]:
+    """Rule -> the densities that were judged, with the share by which each raised the perplexity."""
+    return {
+        rule: [
+            {"density": density, "perplexity_loss": loss}
+            for density, loss in zip(c.densities.tolist()[: c.judged], c.losses.tolist(), strict=False)
+        ]
+        for rule, c in found.curves.items()
     }
 
 

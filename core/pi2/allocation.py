@@ -3,7 +3,7 @@
 Leaving out neurons adds an error to a layer's output whose energy is the sum of the squared scores left
 out.  Near zero the harm to the model is c_l times that energy, with a sensitivity c_l of each layer.  For
 a given density the least harm is done by leaving out the neurons with the smallest c_l * score^2 wherever
-they are: what TEAL's greedy steps (arXiv 2408.14690 §4) approach, in closed form.
+they are: what TEAL's greedy steps (arXiv 2408.14690) approach, in closed form.
 """
 
 from __future__ import annotations

@@ -214,5 +214,6 @@ class Engine:
             names["budget_bytes"] = regions.budget
             config["regions"] = regions.to_json()
             config["offload"] = dataclasses.asdict(self.offloaded.options)
+            config["two_phase"] = self.offloaded.two_phase
             config["notes"] = self.notes
         return {**names, "lossless": self._lossless, "config": config}

@@ -20,6 +20,7 @@ _READING = {
     errno.ENODATA: ("the file ends before the read does", "the file was cut short; convert the model again"),
     errno.ESTALE: ("the file was changed, cut or replaced while it was open", "run again"),
     errno.EINVAL: ("this is no place in a file", None),
+    errno.ETIMEDOUT: ("the device did not answer in time", "look into the system's log: it may be failing"),
     errno.ECANCELED: ("the read was cancelled", None),
     errno.EIO: ("the device could not read", "look into the system's log: the device may be failing"),
 }

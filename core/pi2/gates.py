@@ -1,4 +1,4 @@
-"""The gates of an FFN as a matrix of its own, and which neurons they may let through."""
+"""Segments of an FFN, above all its gates, as matrices of their own; which neurons gates may let through."""
 
 from __future__ import annotations
 
@@ -6,25 +6,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi2.api import Backend, ModelView
-from pi2.tensor import F32, Tensor
+from pi2.tensor import F32, DType, Tensor
 
 _ROUNDING = 2.0**-24  # float32, to nearest
 _DECODED = 512  # rows at a time
 
 
+def segment_matrix(model: ModelView, ffn: int, segment: str) -> Tensor:
+    """One segment of all bundles of an FFN ("gate", "up", "down") as a matrix of its own, (neurons, d)."""
+    g = model.geometry
+    offset, size = g.segments()[segment]
+    dtype: DType = getattr(g, segment)
+    return Tensor(np.ascontiguousarray(model.bundles(ffn)[:, offset : offset + size]), dtype, g.d_model)
+
+
+def segment_bias(model: ModelView, ffn: int, segment: str) -> F32:
+    """The bias of a gate or up segment, (neurons,); (1,) of zero in models without."""
+    if not model.geometry.biased:
+        return np.zeros(1, np.float32)
+    bias = model.geometry.unpack_segment(model.bundles(ffn), "bias")
+    return np.ascontiguousarray(bias[:, 0 if segment == "gate" else -1])
+
+
 def gate_matrix(model: ModelView, ffn: int) -> Tensor:
     """The gate of an FFN, or what stands for it where there is none, (neurons, d)."""
-    g = model.geometry
-    name, dtype = ("up", g.up) if g.gate is None else ("gate", g.gate)
-    offset, size = g.segments()[name]
-    return Tensor(np.ascontiguousarray(model.bundles(ffn)[:, offset : offset + size]), dtype, g.d_model)
+    return segment_matrix(model, ffn, _gate(model))
 
 
 def gate_bias(model: ModelView, ffn: int) -> F32:
     """The bias beside ``gate_matrix``, (neurons,), or one 0."""
-    if not model.geometry.biased:
-        return np.zeros(1, np.float32)
-    return model.geometry.unpack_segment(model.bundles(ffn), "bias")[:, 0]  # the gate's, or the only one
+    return segment_bias(model, ffn, _gate(model))
+
+
+def _gate(model: ModelView) -> str:
+    return "up" if model.geometry.gate is None else "gate"
 
 
 def row_norms(matrix: Tensor) -> F32:

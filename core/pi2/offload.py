@@ -17,9 +17,10 @@ from pi2.ffns import add_range, dense_ranges
 from pi2.lookahead import Lookahead
 from pi2.memory import rss_bytes
 from pi2.neuron_cache import NeuronCache
-from pi2.pipeline import FfnPipeline, NativePipeline, PythonPipeline
+from pi2.pipeline import FfnPipeline, NativePipeline, PythonPipeline, head_bytes
 from pi2.powers import SlotState, StreamCount, SupportsAsyncRead, SupportsStorageAbi, SupportsStreaming
 from pi2.prefill import DenseReader
+from pi2.read_pattern import two_phases_pay
 from pi2.tensor import F32, U8, Ids
 from pi2.trace import TraceWriter
 
@@ -42,8 +43,8 @@ class OffloadOptions:
     """Share of the cache, beyond one FFN, for what was most often active in the model's statistics."""
     pipeline: str = "auto"
     """"native": the backend's own; "python": its slow twin; "auto": native where there is one."""
-    two_phase: bool = True
-    """Read gates first, and the rest only where they are not zero."""
+    two_phase: str = "auto"
+    """"on": read gates first, and the rest only where they are not zero; "auto": if that is faster here."""
     cluster: int = 64
     """Neurons that are read and computed as one unit."""
     prefetch: str = "auto"
@@ -52,7 +53,9 @@ class OffloadOptions:
     """File to write what the pipeline did to, for Perfetto."""
 
     def __post_init__(self) -> None:
-        for name, known in (("pipeline", ("auto", "native", "python")), ("prefetch", ("auto", "on", "off"))):
+        switch = ("auto", "on", "off")
+        choices = {"pipeline": ("auto", "native", "python"), "prefetch": switch, "two_phase": switch}
+        for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 says = f"{name} is {known[0]}, {known[1]} or {known[2]}, not {value!r}"
                 raise OptionError(says, hint=f"{name}={known[0]} is the default")
@@ -74,13 +77,13 @@ class OffloadCount:
     """Neurons that look-ahead asked to be read."""
     useful: int = 0
     """Of those, wanted."""
-    prefetched_bytes: int = 0
-    """Read because of guesses, right or wrong."""
+    wasted_bytes: int = 0
+    """Read for guesses that nobody waited for."""
     stream: StreamCount = field(default_factory=StreamCount)
 
     @property
     def bytes_read(self) -> int:
-        return self.stream.bytes_read + self.prefetched_bytes
+        return self.stream.bytes_read + self.wasted_bytes
 
     def add(self, count: StreamCount) -> None:
         total = self.stream
@@ -110,12 +113,23 @@ class OffloadedFfns:
         self.places = [model.ffn_place(ffn) for ffn in range(arch.n_layers)]
         ranges = dense_ranges(model.geometry, arch.n_neurons)
         self.reader = DenseReader(tier, self.places, ranges, model.geometry.stride)
+        self.two_phase = self._two_phases(tier, options.two_phase)
+        """Whether gates are read first."""
         self.pipeline = self._open_pipeline(tier, options)
         ahead = isinstance(tier, SupportsAsyncRead)
         if options.prefetch == "on" and not ahead:
             raise OptionError(f"storage {tier.name} cannot read ahead", hint="prefetch=auto does if it can")
         self.lookahead = Lookahead(model, options.prefetch if ahead else "off")
         self.trace = TraceWriter(options.trace) if options.trace else None
+
+    def _two_phases(self, tier: StorageTier, wish: str) -> bool:
+        head = head_bytes(self._spec)
+        if head is None or wish == "off":
+            return False
+        if wish == "on":
+            return True
+        stride, sure = self.cache.slab.shape[1], self._predictor.lossless  # named is active then
+        return not sure and two_phases_pay(tier, self.places[0], self.cache.neurons, stride, head)
 
     def _open_pipeline(self, tier: StorageTier, options: OffloadOptions) -> FfnPipeline:
         backend, cache = self._backend, self.cache
@@ -127,55 +141,70 @@ class OffloadedFfns:
         if not native or options.pipeline == "python":
             return PythonPipeline(
                 backend, tier, cache.slab, cache.states, cache.neurons, self._spec,
-                two_phase=options.two_phase, trace=options.trace is not None,
+                two_phase=self.two_phase, trace=options.trace is not None,
             )  # fmt: skip
         assert isinstance(backend, SupportsStreaming)
         assert isinstance(tier, SupportsStorageAbi)
         return NativePipeline(
             backend, backend.place_slab(cache.slab, cache.neurons, self._spec), cache.states,
-            tier.abi_address(), two_phase=options.two_phase, cluster=options.cluster,
+            tier.abi_address(), two_phase=self.two_phase, cluster=options.cluster,
             trace=options.trace is not None,
         )  # fmt: skip
 
     def sparse(self, ffn: int, x: F32, rows: Ids | None, out: F32) -> int:
-        cache, total = self.cache, self.count
         neurons = self._all if rows is None else rows
-        slots = cache.acquire(ffn, neurons)
-        total.wanted += len(neurons)
-        total.present += int(np.count_nonzero(cache.states[slots] == SlotState.PRESENT))
-        self._meet_guess(ffn, neurons)
-        self._guess_next(ffn, x, slots)
-        count = self.pipeline.ffn(self.places[ffn], neurons, slots, x, out)
-        total.add(count)
+        if self.lookahead.pending and self.lookahead.pending[0] != ffn:
+            self._forget_guess()
+        try:
+            slots = self.cache.acquire(ffn, neurons)
+            self._count(ffn, neurons, slots)
+            arriving = self.lookahead.pending
+            self._guess_next(ffn, x, slots)
+            count = self.pipeline.ffn(self.places[ffn], neurons, slots, x, out)
+            if arriving:
+                self._settle(*arriving)
+        except BaseException:
+            self._forget_guess()
+            raise
+        self.count.add(count)
         return count.active
+
+    def _count(self, ffn: int, neurons: Ids, slots: Ids) -> None:
+        total = self.count
+        total.wanted += len(neurons)
+        total.present += int(np.count_nonzero(self.cache.states[slots] == SlotState.PRESENT))
+        if self.lookahead.pending:
+            total.useful += int(np.count_nonzero(np.isin(self.lookahead.pending[1], neurons)))
 
     def _guess_next(self, ffn: int, x: F32, slots: Ids) -> None:
         """Start to read what FFN ``ffn + 1`` will probably want and does not have."""
+        self.lookahead.pending = None
         likely = self.lookahead.guess(self._predictor, ffn, x)
         if likely is None or len(likely) + len(slots) > self.cache.capacity:
             return
         neurons, where = self.cache.admit(ffn + 1, likely, slots)
-        self.pipeline.prefetch(self.places[ffn + 1], neurons, where)
         self.lookahead.pending = ffn + 1, neurons
+        self.pipeline.prefetch(self.places[ffn + 1], neurons, where)
         self.count.guessed += len(neurons)
 
-    def _meet_guess(self, ffn: int, neurons: Ids) -> None:
-        """Count what the guess was worth, and call back what it asked for in vain."""
-        if self.lookahead.pending is None:
-            return
-        guessed_ffn, guessed = self.lookahead.pending
+    def _forget_guess(self) -> None:
+        """Nothing is read for later any more: the next FFN may be any."""
+        self.count.wasted_bytes += self.pipeline.settle(cancel=True)
+        if self.lookahead.pending:
+            self._settle(*self.lookahead.pending)
         self.lookahead.pending = None
-        right = np.isin(guessed, neurons) if guessed_ffn == ffn else np.zeros(len(guessed), np.bool_)
-        useful = int(np.count_nonzero(right))
-        self.count.useful += useful
-        self.count.prefetched_bytes += useful * self.cache.slab.shape[1]
-        wrong = self.cache.slots(guessed_ffn, guessed[~right])
-        wrong = wrong[wrong >= 0]
-        wrong_yet = wrong[self.cache.states[wrong] == SlotState.LOADING]
-        self.count.prefetched_bytes += self.pipeline.settle(wrong_yet, cancel=True)
-        self.cache.drop(wrong[self.cache.states[wrong] == SlotState.EMPTY])
+
+    def _settle(self, ffn: int, guessed: Ids) -> None:
+        """Call back what was guessed and not wanted, as far as it is still being read."""
+        slots = self.cache.slots(ffn, guessed)
+        slots = slots[slots >= 0]
+        loading = slots[self.cache.states[slots] == SlotState.LOADING]
+        if len(loading):
+            self.count.wasted_bytes += self.pipeline.settle(loading, cancel=True)
+        self.cache.drop(slots[self.cache.states[slots] == SlotState.EMPTY])
 
     def dense(self, ffn: int, chunks: Sequence[tuple[F32, F32]]) -> int:
+        self._forget_guess()
         active, begin = 0, time.perf_counter()
         neurons, slots = self._likely_next(ffn, chunks[-1][0])
         for first, bundles in self.reader.bundles(ffn):

@@ -114,7 +114,8 @@ class PythonPipeline:
     def ffn(self, place: FfnPlace, neurons: Ids, slots: Ids, x: F32, out: F32) -> StreamCount:
         start, count = time.perf_counter(), StreamCount()
         states = self._states
-        self.settle(slots[states[slots] == SlotState.LOADING])
+        count.bytes_read += self.settle(slots[states[slots] == SlotState.LOADING])
+        count.wait_s += time.perf_counter() - start
         empty = states[slots] == SlotState.EMPTY
         if self._head is None:
             self._load(place, neurons[empty], slots[empty], (0, self._slab.shape[1]), count)

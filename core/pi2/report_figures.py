@@ -61,6 +61,8 @@ def draw(corpora: Corpora, overlaps: Mapping[str, Sequence[float]]) -> list[Pict
     }
     if overlaps:
         jobs["overlap"] = (lambda f: _overlap(f, overlaps), 1)
+    if any("thresholds" in found for found in corpora.values()):
+        jobs["thresholds"] = (lambda f: _thresholds(f, corpora), 1)
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
         return [_picture(name, paint, panels) for name, (paint, panels) in jobs.items()]
 
@@ -90,6 +92,11 @@ _WORDS: Final = {
         "Overlap of the hot sets of two corpora",
         "Share of the 20 % most active neurons of a layer on one corpus that are among the 20 % most active"
         " on the other. By chance it would be 20 % (dashed).",
+    ),
+    "thresholds": (
+        "What thresholds cost",
+        "By how much the perplexity rises if only a share of the neurons is computed: those whose score is"
+        " above the calibrated cuts. The dashed line is the 1 % that --predictor threshold allows itself.",
     ),
 }  # fmt: skip
 
@@ -210,4 +217,26 @@ def _overlap(figure: Figure, overlaps: Mapping[str, Sequence[float]]) -> None:
     ax.axhline(TOP, color="#404040", ls="--", lw=1)
     ax.set_xlabel("layer")
     _percent(ax, "shared")
+    ax.legend()
+
+
+def _thresholds(figure: Figure, corpora: Corpora) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    ax = figure.subplots()
+    curves = [
+        (f"{label}, rule {rule}", points)
+        for label, found in corpora.items()
+        for rule, points in found.get("thresholds", {}).items()
+    ]
+    for i, (name, points) in enumerate(curves):
+        x = [1.0, *(point["density"] for point in points)]
+        y = [0.0, *(point["perplexity_loss"] for point in points)]
+        ax.plot(x, y, color=_COLOURS[i % len(_COLOURS)], marker=_MARKS[i % len(_MARKS)], label=name)
+    ax.axhline(0.01, color="#404040", ls="--", lw=1)
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.invert_xaxis()
+    ax.set_xlabel("computed neurons")
+    ax.set_ylabel("perplexity lost")
     ax.legend()

@@ -72,6 +72,13 @@ def _tables(corpora: Corpora, overlaps: Mapping[str, Sequence[float]]) -> dict[s
                 "cold_friend": "closest friend, hot removed"}  # fmt: skip
         rows = [[layer[key] for key in keys] for layer in found["coactivation"]]
         tables["coactivation"].append(_by_layer(label, list(keys.values()), rows))
+    rows = [
+        [label, rule, _percent(point["density"], 0), _percent(point["perplexity_loss"], 2)]
+        for label, found in corpora.items()
+        for rule, points in found.get("thresholds", {}).items()
+        for point in points
+    ]
+    tables["thresholds"] = [_table([["statistics", "rule", "computed", "perplexity lost"], *rows])]
     columns = list(zip(*overlaps.values(), strict=True))
     tables["overlap"] = [_by_layer("", list(overlaps), columns)]
     return tables

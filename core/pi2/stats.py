@@ -118,7 +118,6 @@ def offload_figures(reads: Sequence[OffloadCount], seconds: float) -> dict[str, 
             "bytes_read": {
                 "prefill": reads[0].bytes_read,
                 "decode": sum(count.bytes_read for count in tokens),
-                "prefetch": sum(count.prefetched_bytes for count in tokens),
             },
             "reads": sum(count.stream.reads for count in tokens),
             "prefetch": {"guessed": guessed, "useful_share": useful / guessed if guessed else None},

@@ -201,4 +201,4 @@ def test_ctrl_c_keeps_what_was_judged(silu, text, tmp_path, monkeypatch):
     assert result.exit_code == 130
     assert "stopped: what was judged is kept; the same command goes on" in result.stderr
     assert Statistics.load(tmp_path / "s").thresholds.curves["product"].judged == 1
-    assert_error(pi2("report", tmp_path / "s"), "has no activation counts", "pi2 collect MODEL TEXT")
+    assert_error(pi2("report", tmp_path / "s"), "has no activation counts", "--density 0.6")

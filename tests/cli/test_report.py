@@ -100,6 +100,19 @@ def test_json_is_one_object_with_the_numbers(counted):
     assert all(0.2 < share <= 1 for share in shares)
 
 
+def test_what_thresholds_cost_is_shown_where_they_were_calibrated(counted, tmp_path):
+    model = shutil.copytree(counted / "copy.pi2", tmp_path / "calibrated.pi2")
+    assert pi2("collect", model, counted / "rain.txt", "--thresholds", "--tokens", 768).exit_code == 0
+    result = pi2("report", model, "--out", tmp_path / "out", "--json")
+    costs = json.loads(result.stdout)["corpora"]["calibrated.pi2"]["thresholds"]
+    assert [point["density"] for point in costs["product"]][:2] == [0.9, 0.8]
+    assert (tmp_path / "out" / "thresholds.png").is_file()
+    text = (tmp_path / "out" / "index.html").read_text()
+    Page(text)
+    assert "What thresholds cost" in text
+    assert not (tmp_path / "out" / "overlap.png").exists()
+
+
 def test_without_matplotlib_there_are_numbers_but_no_page(counted, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert pi2("report", counted / "copy.pi2").exit_code == 0

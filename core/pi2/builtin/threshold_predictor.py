@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from pi2.activations import activate
-from pi2.activity import segment_bias, segment_matrix
 from pi2.api import Backend, FfnSpec, ModelView, Predictor, Probe
 from pi2.builtin.lowrank_predictor import MAX_LOSS
 from pi2.container.layout import NEURONS
 from pi2.container.manifest import read_manifest
 from pi2.errors import FormatError, OptionError
+from pi2.gates import gate_bias, gate_matrix, segment_bias, segment_matrix
 from pi2.statistics_file import STATISTICS, Statistics
 from pi2.tensor import F32, Ids
 from pi2.thresholds import CALIBRATE_HINT, Choice, Thresholds
@@ -68,7 +68,7 @@ class ThresholdPredictor(Predictor):
         choice = self._choose(found)
         arch = model.architecture
         self._spec = FfnSpec(model.geometry, arch.activation, arch.up_relu)
-        self._backend, self._neurons = backend, arch.n_neurons
+        self._backend, self._neurons, self._read = backend, arch.n_neurons, self._bytes(model)
         self._placed = []
         if choice.density < 1:
             self._placed = [self._place(model, ffn, choice, found) for ffn in range(arch.n_layers)]
@@ -76,6 +76,26 @@ class ThresholdPredictor(Predictor):
             f" by {self._rule}, density {choice.density:.1%}, perplexity {choice.loss:+.2%}"
             f" as measured on {found.tokens} tokens"
         )
+
+    def offloaded_bytes(self, model: ModelView) -> int:
+        """Of gates, and ups by the rule "product" (powers.SupportsOffload): they stay in memory."""
+        return model.architecture.n_layers * self._bytes(model)
+
+    def attach_offloaded(self, model: ModelView, backend: Backend) -> None:
+        """The same as ``attach`` (powers.SupportsOffload)."""
+        self.attach(model, backend)
+
+    def footprint(self, ffn: int) -> tuple[int, int]:
+        """No inner layer, and the bytes of the gates and ups that are asked (powers.SupportsFootprint)."""
+        return 0, self._read if self._placed else 0
+
+    def _asks_up(self, model: ModelView) -> bool:
+        return self._rule == "product" and model.geometry.gate is not None
+
+    def _bytes(self, model: ModelView) -> int:
+        sizes = {name: size for name, (_, size) in model.geometry.segments().items()}
+        asked = sizes["up"] if model.geometry.gate is None else sizes["gate"]
+        return model.architecture.n_neurons * (asked + (sizes["up"] if self._asks_up(model) else 0))
 
     def predict(self, ffn: int, x: F32) -> Ids | None:
         if not self._placed:
@@ -122,17 +142,14 @@ class ThresholdPredictor(Predictor):
 
     def _place(self, model: ModelView, ffn: int, choice: Choice, found: Thresholds) -> _Placed:
         assert self._backend is not None
-        gated = model.geometry.gate is not None
-        first = "gate" if gated else "up"
         bound = choice.cuts[ffn : ffn + 1]
         if self._rule == "gate":  # |act| * weight >= cut; a neuron without weight is never worth it
             weights = found.weights[ffn]
             bound = np.divide(bound, weights, out=np.full_like(weights, np.inf), where=weights > 0)
-        other = self._rule == "product" and gated
         return _Placed(
-            self._backend.place(segment_matrix(model, ffn, first)),
-            segment_bias(model, ffn, first),
-            self._backend.place(segment_matrix(model, ffn, "up")) if other else None,
+            self._backend.place(gate_matrix(model, ffn)),
+            gate_bias(model, ffn),
+            self._backend.place(segment_matrix(model, ffn, "up")) if self._asks_up(model) else None,
             segment_bias(model, ffn, "up"),
             bound,
         )

@@ -39,13 +39,9 @@ def calibrate(
 
 def describe(found: Thresholds, place: Path) -> dict[str, Any]:
     """The object of ``--json``.  Densities that were not judged are left out."""
-    curves = {
-        rule: [
-            {"density": density, "perplexity_loss": loss}
-            for density, loss in zip(c.densities.tolist()[: c.judged], c.losses.tolist(), strict=False)
-        ]
-        for rule, c in found.curves.items()
-    }
+    from pi2.activity_report import threshold_costs
+
+    curves = threshold_costs(found)
     return {"path": str(place), "tokens": found.tokens, "texts": list(found.texts), "thresholds": curves}
 
 

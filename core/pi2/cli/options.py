@@ -49,7 +49,7 @@ OffloadDetails = Annotated[
     typer.Option(
         "--offload",
         metavar="KEY=V,...",
-        help="How weights are read: prefetch=auto|on|off, two_phase=yes|no, cluster=N,"
+        help="How weights are read: prefetch=auto|on|off, two_phase=auto|on|off, cluster=N,"
         " pipeline=auto|native|python.",
     ),
 ]

@@ -78,7 +78,7 @@ def _offload_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     if found["hit_rate"] is not None:
         rows.append(("hit rate", f"{found['hit_rate']:.1%}", f"{misses['p99']:.1%} missed at P99"))
     read = details["bytes_read"]
-    said = f"prefill {human_bytes(read['prefill'])}, prefetch {human_bytes(read['prefetch'])}"
+    said = f"prefill {human_bytes(read['prefill'])}, decoding {human_bytes(read['decode'])}"
     rows.append(("read", human_bytes(found["bytes_read"]), said))
     if found["io_wait_share"] is not None:
         rows.append(("I/O wait", f"{found['io_wait_share']:.1%}", "of decoding, with nothing to compute"))

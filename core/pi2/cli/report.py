@@ -15,6 +15,7 @@ from pi2.errors import FormatError, OptionError, StorageError
 
 if TYPE_CHECKING:
     from pi2.activation_counts import ActivationCounts
+    from pi2.statistics_file import Statistics
 
 PAGE = "index.html"
 
@@ -33,9 +34,10 @@ def command(sources: Sources, out: Out = None, json: o.Json = False) -> None:
     Prints the main figures; with --out writes a page with pictures, which needs the extra pi2[report]. Of
     several statistics of one model, made on different texts, it compares the hot sets.
     """
-    from pi2.activity_report import describe, overlap
+    from pi2.activity_report import describe, overlap, threshold_costs
 
-    counts = {label: _load(path) for label, path in _labelled(sources).items()}
+    found_in = {label: _load(path) for label, path in _labelled(sources).items()}
+    counts = {label: _counts(label, found) for label, found in found_in.items()}
     if out is not None:
         _make(out)
     corpora: dict[str, dict[str, Any]] = {}
@@ -48,6 +50,9 @@ def command(sources: Sources, out: Out = None, json: o.Json = False) -> None:
                 progress(label, before + done, total)
 
             corpora[label] = describe(found, show)
+            thresholds = found_in[label].thresholds
+            if thresholds is not None:
+                corpora[label]["thresholds"] = threshold_costs(thresholds)
     pairs = [pair for pair in combinations(counts, 2) if counts[pair[0]].model == counts[pair[1]].model]
     overlaps = {f"{a} and {b}": overlap(counts[a], counts[b]).tolist() for a, b in pairs}
     if out is not None:
@@ -92,16 +97,22 @@ def _labelled(sources: list[str]) -> dict[str, Path]:
     return files
 
 
-def _load(path: Path) -> ActivationCounts:
+def _load(path: Path) -> Statistics:
     from pi2.statistics_file import Statistics
 
     try:
-        counts = Statistics.load(path).counts
+        return Statistics.load(path)
     except OSError as e:
         raise StorageError(e.strerror or str(e), path=path, hint="check that it may be read") from None
-    if counts is None:
-        raise FormatError(f"{path} has no activation counts", hint="count on a text: pi2 collect MODEL TEXT")
-    return counts
+
+
+def _counts(label: str, found: Statistics) -> ActivationCounts:
+    if found.counts is None:
+        hint = "count on a text: pi2 collect MODEL TEXT"
+        if found.thresholds is not None:
+            hint = "count what its thresholds leave: pi2 collect MODEL TEXT --density 0.6"
+        raise FormatError(f"{label} has no activation counts", hint=hint)
+    return found.counts
 
 
 def _make(out: Path) -> None:

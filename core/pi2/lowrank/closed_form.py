@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pi2.activations import hidden
 from pi2.activity import Active, active_neurons
-from pi2.api import ModelView
+from pi2.api import FfnSpec, ModelView
 from pi2.tensor import F32
 
 _SHIFT = 3.0  # standard deviations that keep ReLU of the inner layer out of the way at the start
@@ -21,6 +22,8 @@ _PROBIT = 1.7  # a normal distribution function is nearly the logistic function 
 _LEAST_RESIDUAL = 0.05  # of a gate's deviation: no guess is taken for surer
 _LEAST_VARIANCE = 1e-5  # of the mean variance of the inputs: directions below it hold only noise
 _LABELLED_AT_ONCE = 1024  # tokens
+_MISS = 3.0  # how much worse it is to miss an active neuron of average size than to name an idle one
+_ALIKE = 0.1  # share of that which does not depend on the neuron's size
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +113,35 @@ def labels(model: ModelView, ffn: int, x: F32) -> Active:
     return np.concatenate(parts)
 
 
+class Weigher:
+    """How much each active neuron adds to an FFN's output, as the weight of missing it.
+
+    The mean over a token's active neurons is ``_MISS``.  A part is the same for all, so that small terms
+    are learnt too.  Decodes the weights of one FFN, and keeps them as float32.
+    """
+
+    def __init__(self, model: ModelView, ffn: int) -> None:
+        arch = model.architecture
+        self._spec = FfnSpec(model.geometry, arch.activation, arch.up_relu)
+        self._neurons = model.geometry.unpack(model.bundles(ffn))
+        self._lengths = np.linalg.norm(self._neurons.down, axis=1)
+
+    def __call__(self, x: F32) -> F32:
+        """(n, d) -> (n, neurons), 0 where a neuron is not active."""
+        n = self._neurons
+        gate = None if n.gate is None else _plus(x @ n.gate.T, n.gate_bias)
+        terms = np.abs(hidden(self._spec, gate, _plus(x @ n.up.T, n.up_bias))) * self._lengths
+        active = terms > 0
+        mean = terms.sum(axis=1, keepdims=True) / np.maximum(active.sum(axis=1, keepdims=True), 1)
+        terms /= np.maximum(mean, 1e-30)
+        weights: F32 = active * (_MISS * (_ALIKE + (1 - _ALIKE) * terms))
+        return weights.astype(np.float32)
+
+
+def _plus(values: F32, bias: F32 | None) -> F32:
+    return values if bias is None else values + bias
+
+
 def threshold_for(scores: F32, active: Active, recall: float) -> float:
     """The largest threshold that at least ``recall`` of the active scores exceed."""
     hits = scores[active]
@@ -123,3 +155,21 @@ def threshold_for(scores: F32, active: Active, recall: float) -> float:
 def density_at(scores: F32, active: Active, recall: float) -> float:
     """Share of the neurons that must be named for this recall."""
     return float(np.mean(scores > np.float32(threshold_for(scores, active, recall))))
+
+
+def missed_share(scores: F32, weights: F32, density: float) -> float:
+    """Share of the squared ``weights`` (n, neurons) that is missed if this share of the neurons is named."""
+    flat = scores.reshape(-1)
+    named = min(len(flat), max(1, round(density * len(flat))))
+    lowest_named = np.partition(flat, len(flat) - named)[len(flat) - named]
+    energy = np.square(weights)
+    whole = float(energy.sum(dtype=np.float64))
+    return float(energy[scores < lowest_named].sum(dtype=np.float64)) / whole if whole else 0.0
+
+
+def costly_misses(weights: F32, named: Active, share: float) -> NDArray[np.bool_]:
+    """(neurons,): those that some token misses and with them more than ``share`` of its squared weights."""
+    energy = np.square(weights)
+    whole = np.maximum(energy.sum(axis=1, keepdims=True), 1e-30)
+    costly: NDArray[np.bool_] = ((energy > share * whole) & ~named).any(axis=0)
+    return costly

@@ -10,24 +10,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from pi2.lowrank.closed_form import Layers
-from pi2.tensor import BLOCK, F32, U8, DType
+from pi2.tensor import BLOCK, F32, DType
 
 _WARM_UP = 20  # steps
 
 
 @dataclass(frozen=True, slots=True)
 class FitSettings:
-    """How to train.  ``pos_weight``: how much worse a missed active neuron is than a named idle one."""
+    """How to train."""
 
     steps: int = 150
     batch: int = 512
     rate: float = 3e-3
-    pos_weight: float = 3.0
     judge_every: int = 50
     patience: float = 0.005
     """Stop when that many steps improved the judgement by a smaller share."""
@@ -36,32 +34,33 @@ class FitSettings:
 def fit(
     start: Layers,
     x: F32,
-    packed: U8,
+    weigh: Callable[[F32], F32],
     judge: Callable[[Layers], float],
     dtype: DType,
     seed: int,
     settings: FitSettings,
 ) -> Layers:
-    """Train from ``start`` on x (n, d) and the active neurons, packed bits (n, neurons / 8).
+    """Train from ``start`` on inputs x (n, d).
 
-    Every so many steps ``judge`` says how bad the predictor is on other inputs; the best is returned.
+    ``weigh`` says of some of them how bad it is to miss each neuron, (k, neurons): 0 if it is not active; to
+    name one that is not is as bad as 1.  Every so many steps ``judge`` says how bad the predictor is on
+    other inputs; the best is returned.
     Deterministic for a seed and a number of threads.
     """
     s = settings
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.nn.Parameter(torch.tensor(a)) for a in (start.fc1, start.b1, start.fc2, start.b2)]
     optimiser = torch.optim.Adam(weights, lr=s.rate)
-    inputs, neurons = torch.tensor(x), len(start.b2)
+    inputs = torch.tensor(x)
     best, best_bad = start, judge(start)
     before = best_bad
     for step in range(s.steps):
         _set_rate(optimiser, s, step)
         chosen = torch.randint(0, len(x), (s.batch,), generator=generator)
-        wanted = np.unpackbits(packed[chosen.numpy()], axis=1, count=neurons)
+        misses = torch.from_numpy(weigh(x[chosen.numpy()]))
+        wanted = (misses > 0).float()
         logits = _logits(weights, inputs[chosen], dtype)
-        loss = binary_cross_entropy_with_logits(
-            logits, torch.tensor(wanted, dtype=torch.float32), pos_weight=torch.tensor(s.pos_weight)
-        )
+        loss = binary_cross_entropy_with_logits(logits, wanted, weight=torch.where(misses > 0, misses, 1.0))
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()

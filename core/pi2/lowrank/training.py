@@ -25,7 +25,17 @@ from pi2.container.predictors import FfnPredictor, Measured, Predictors
 from pi2.engine import Engine
 from pi2.errors import FormatError, OptionError, StorageError
 from pi2.evaluate import perplexity_loss
-from pi2.lowrank.closed_form import ClosedForm, Layers, closed_form, density_at, labels, threshold_for
+from pi2.lowrank.closed_form import (
+    ClosedForm,
+    Layers,
+    Weigher,
+    closed_form,
+    costly_misses,
+    density_at,
+    labels,
+    missed_share,
+    threshold_for,
+)
 from pi2.lowrank.inputs import Corpus, Inputs, Progress, read_corpus
 from pi2.lowrank.widths import BUDGET, candidates, choose_widths, predictor_bytes
 from pi2.tensor import F32, DType, Tensor
@@ -33,6 +43,8 @@ from pi2.thresholds import CALIBRATE_HINT
 
 _LOSS_TOKENS = 1024  # held out, read one by one for the perplexity
 _HIGHEST_RECALL = 0.9995
+_SPOILS = 0.05  # of the squared output of an FFN for a token: no single neuron that makes more is missed
+_ALWAYS = 1e30  # a bias that no score undoes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,15 +168,18 @@ class Training:
     def _train_layer(self, layer: int, width: int) -> FfnPredictor:
         from pi2.lowrank.fit import FitSettings, fit
 
-        s, (form, (x, held), active, held_active) = self.settings, self._closed_form(layer)
+        s, (form, (x, held), _, held_active) = self.settings, self._closed_form(layer)
+
+        weigh = Weigher(self._model, layer)
+        start, held_weights = form.layers(width), weigh(held)
+        density = density_at(start.scores(held), held_active, s.recall)
 
         def judge(found: Layers) -> float:
-            return density_at(_restored(_stored(found, s.dtype)).scores(held), held_active, s.recall)
+            return missed_share(_restored(_stored(found, s.dtype)).scores(held), held_weights, density)
 
         seed = int(np.random.SeedSequence([s.seed, layer]).generate_state(1)[0])
-        packed = np.packbits(active, axis=1)
         how = FitSettings(steps=s.steps)
-        made = _stored(fit(form.layers(width), x, packed, judge, s.dtype, seed, how), s.dtype)
+        made = _stored(fit(start, x, weigh, judge, s.dtype, seed, how), s.dtype)
         fresh = self._directory / "layer.new"
         Predictors(self._hash, {layer: made}).save(fresh)
         fresh.replace(self._directory / f"layer-{layer}")
@@ -179,19 +194,29 @@ class Training:
 
     def _calibrated(self, recall: float) -> Predictors:
         """With thresholds for this recall, by what the backend computes on held-out inputs."""
-        backend, layers = self._engine.backend, {}
-        for number, layer in self._layers.items():
-            _, held = self._inputs.layer(number)
-            active = labels(self._model, number, held)
-            placed = PlacedPredictor(backend, layer)
-            scores = placed.scores(held) + layer.fc2_bias
-            placed.release()
-            threshold = threshold_for(scores, active, recall)
-            named = scores > np.float32(threshold)
-            hits = float((named & active).sum() / max(1, active.sum())) if active.any() else 1.0
-            figures = Measured(float(active.mean()), float(named.mean()), hits)
-            layers[number] = dataclasses.replace(layer, threshold=threshold, measured=figures)
+        layers = {number: self._calibrated_layer(number, recall) for number in self._layers}
         return Predictors(self._hash, layers, None, {k: str(v) for k, v in self._state().items()})
+
+    def _calibrated_layer(self, number: int, recall: float) -> FfnPredictor:
+        """With a threshold, and a bias that always names neurons whose miss would spoil a token.
+
+        These are few, but a model may lean on one: without the huge output of a first token, which
+        attention rests on, all tokens behind it suffer.
+        """
+        layer, (x, held) = self._layers[number], self._inputs.layer(number)
+        active = labels(self._model, number, held)
+        judged = np.concatenate((held, x[:: self.corpus.sequences.shape[1]]))  # and what begins a sequence
+        placed = PlacedPredictor(self._engine.backend, layer)
+        scores = placed.scores(judged) + layer.fc2_bias
+        placed.release()
+        threshold = threshold_for(scores[: len(held)], active, recall)
+        weights = Weigher(self._model, number)(judged)
+        always = costly_misses(weights, scores > np.float32(threshold), _SPOILS)
+        bias = np.where(always, np.float32(_ALWAYS), layer.fc2_bias)
+        named = (scores[: len(held)] > np.float32(threshold)) | always
+        hits = float((named & active).sum() / active.sum()) if active.any() else 1.0
+        figures = Measured(float(active.mean()), float(named.mean()), hits)
+        return dataclasses.replace(layer, fc2_bias=bias, threshold=threshold, measured=figures)
 
     def _loss(self, found: Predictors, progress: Progress) -> float:
         predictor = LowRankPredictor()

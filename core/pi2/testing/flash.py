@@ -36,6 +36,8 @@ class Flash:
         self.tickets: dict[int, _Ticket] = {}
         """In flight."""
         self.bytes_read = 0
+        self.hangs = False
+        """No read ever ends; a wait without limit gives up at once."""
         self._rng, self._patience, self._last = rng, patience, 0
         kinds: list[Any] = [field[1] for field in StorageAbi._fields_[-3:]]
         methods = (self._submit, self._wait, self._cancel)
@@ -63,6 +65,9 @@ class Flash:
         return self._last
 
     def _wait(self, _self: Any, ticket: int, seconds: float, failure: Any) -> int:
+        if self.hangs:
+            failure[0].code = errno.ETIMEDOUT
+            return PENDING if seconds >= 0 else errno.ETIMEDOUT
         flight = self.tickets[ticket]
         flight.looks -= 1
         if flight.looks >= 0 and seconds >= 0 and not flight.cancelled:

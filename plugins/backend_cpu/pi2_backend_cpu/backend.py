@@ -15,6 +15,7 @@ from pi2.norm import Norm
 from pi2.rope import RopeTable
 from pi2.tensor import F32, U8, Ids, Tensor
 
+from pi2_backend_cpu import cores as cores_of
 from pi2_backend_cpu import native
 from pi2_backend_cpu.streaming import Streaming
 
@@ -46,29 +47,39 @@ class CpuBackend(Streaming, Backend):
 
     ``activations`` "int8": quantised weights meet activations rounded to 8 bits in blocks of 32, as in
     llama.cpp; "f32": exact products, at about half the speed.  ``isa`` forces an instruction set.
+    ``cpus`` ("4-7" or "0+2") pins a thread to each of these cores; without it, fewer threads than a
+    big.LITTLE machine has cores are pinned to the fastest.
     """
 
     name = "cpu"
     tolerance: ClassVar[float] = 0.012  # half a step of 1/127 for x, and as much for the weights it meets
 
-    def __init__(self, threads: int | None = None, activations: str = "int8", isa: str | None = None) -> None:
+    def __init__(
+        self,
+        threads: int | None = None,
+        activations: str = "int8",
+        isa: str | None = None,
+        cpus: str | None = None,
+    ) -> None:
         library = native.library()
         if library is None:
             raise PluginError(_MISSING, hint=_HINT)
         if activations not in ("int8", "f32"):
             raise OptionError(f"activations are int8 or f32, not {activations!r}")
-        threads = len(os.sched_getaffinity(0)) if threads is None else threads
-        if not 1 <= threads <= 1024:
-            raise OptionError(f"{threads} threads cannot be", hint="as many as the machine has cores is best")
+        threads, cores = _threads_and_cores(threads, cpus)
         self._lib = library
         self.kv_dtype: KvDType = np.float16 if activations == "int8" else np.float32
         wanted = None if isa is None else isa.encode()
-        self._cpu = library.pi2_cpu_open(threads, None, wanted, int(activations == "int8"))
+        pins = None if cores is None else np.array(cores, np.int32)
+        where = None if pins is None else pins.ctypes.data
+        self._cpu = library.pi2_cpu_open(threads, where, wanted, int(activations == "int8"))
         if not self._cpu:
             known = ", ".join(native.instruction_sets(library))
             named = "kernels that PI2_CPU_ISA names" if isa is None else f"{isa} kernels"
             raise OptionError(f"there are no {named} for this CPU", hint=f"there are: {known}")
-        self._description = f"{library.pi2_cpu_isa(self._cpu).decode()}, {threads} threads, {activations}"
+        pinned = "" if cores is None else f", on cores {'+'.join(map(str, cores))}"
+        used = library.pi2_cpu_isa(self._cpu).decode()
+        self._description = f"{used}, {threads} threads, {activations}{pinned}"
 
     @classmethod
     def probe(cls) -> Probe:
@@ -158,6 +169,21 @@ class CpuBackend(Streaming, Backend):
             sines,
             out.ctypes.data,
         )
+
+
+def _threads_and_cores(threads: int | None, cpus: str | None) -> tuple[int, list[int] | None]:
+    """How many threads, and the core of each (None: wherever the system puts them)."""
+    if cpus is not None:
+        cores = cores_of.parse_cores(cpus)
+        if threads not in (None, len(cores)):
+            raise OptionError(
+                f"{threads} threads cannot be pinned to {len(cores)} cores", hint="name only cpus"
+            )
+        return len(cores), cores
+    threads = len(os.sched_getaffinity(0)) if threads is None else threads
+    if not 1 <= threads <= 1024:
+        raise OptionError(f"{threads} threads cannot be", hint="as many as the machine has cores is best")
+    return threads, cores_of.fastest(threads)
 
 
 def _matrix(weight: Tensor, data: U8) -> native.Matrix:

@@ -48,7 +48,9 @@ std::vector<const pi2::Kernels*> available() {
   if (cpu.avx2) found.push_back(pi2::kernels_avx2());
 #endif
 #if defined(__aarch64__)
-  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back(pi2::kernels_neon_dotprod());
+  const bool dotprod = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+  if (dotprod && (getauxval(AT_HWCAP2) & HWCAP2_I8MM)) found.push_back(pi2::kernels_neon_i8mm());
+  if (dotprod) found.push_back(pi2::kernels_neon_dotprod());
   found.push_back(pi2::kernels_neon());
 #endif
   found.push_back(pi2::kernels_scalar());

@@ -1,10 +1,8 @@
 // Products of q4_0 and q8_0 rows with quantised activations on x86, written once over V.
 //
-// A vector is a few lanes of 16 bytes: a lane of q4_0 is a block, a lane of q8_0 half a block.  Four vectors
-// (of four rows, or of one row's next steps) are added up together, so that each lane ends as four finished
-// sums, and a float conversion and a multiplication serve all four.  The order of a row's additions is the
-// same in both cases: chain s * kLanes + l adds up lane l of every step s, modulo 4, and the chains are
-// added as a tree at the end.  So no result depends on the rows that share its vectors.
+// A vector is a few lanes of 16 bytes: a lane of q4_0 is a block, a lane of q8_0 half a block.  A row's next
+// four vectors are added up together, so that each lane ends as four finished sums, and a float conversion
+// and a multiplication serve all four.
 #pragma once
 #include "kernels.h"
 
@@ -59,40 +57,10 @@ struct DotsX86 {
     return V::fma(V::mul(weight_scale, scale), dot, sum);
   }
 
-  // Step S of a group of `here` blocks of four rows, from block b on.
-  template <int S, bool Whole>
-  static inline void step(const uint8_t* const* rows, const Quantised& x, int64_t b, int64_t here, F w, F s,
-                          F o, F* sums) {
-    const int64_t left = here - S * kStep, at = b + S * kStep;
-    if (!Whole && left <= 0) {  // what a single row does in the lanes that it lacks
-      sums[S] = V::add(sums[S], V::zero());
-      return;
-    }
-    I quads[4];
-    for (int i = 0; i < 4; ++i) quads[i] = quads_of<Whole>(rows[i], x, at, left);
-    sums[S] = chain(sums[S], w, totals(quads[0], quads[1], quads[2], quads[3]), s, o);
-  }
-
+  // A group of `here` blocks, from block b on.
   template <bool Whole>
-  static inline void group(const uint8_t* const* rows, const Quantised& x, int64_t cols, int64_t b,
-                           int64_t here, F* sums) {
-    const int64_t at = scales_at(cols, b);
-    const uint8_t* scales[4] = {rows[0] + at, rows[1] + at, rows[2] + at, rows[3] + at};
-    F w[4], s[4], o[4];
-    V::template four_halves<Q4, Whole>(scales, here, w);
-    V::each(V::template spread<Q4, Whole>(x.scales + b, here), s);
-    if constexpr (Q4) V::each(V::template spread<Q4, Whole>(x.offsets + b, here), o);
-    else o[0] = o[1] = o[2] = o[3] = V::zero();
-    step<0, Whole>(rows, x, b, here, w[0], s[0], o[0], sums);
-    step<1, Whole>(rows, x, b, here, w[1], s[1], o[1], sums);
-    step<2, Whole>(rows, x, b, here, w[2], s[2], o[2], sums);
-    step<3, Whole>(rows, x, b, here, w[3], s[3], o[3], sums);
-  }
-
-  // One row times one token: the four vectors are the row's own next steps.
-  template <bool Whole>
-  static inline F single(const uint8_t* row, const Quantised& x, int64_t cols, int64_t b, int64_t here,
-                         F sum) {
+  static inline F group(const uint8_t* row, const Quantised& x, int64_t cols, int64_t b, int64_t here,
+                        F sum) {
     I quads[4];
     for (int i = 0; i < 4; ++i) {
       const int64_t left = here - i * kStep;
@@ -104,34 +72,19 @@ struct DotsX86 {
                  Q4 ? V::template spread<Q4, Whole>(x.offsets + b, here) : V::zero());
   }
 
-  static inline void request(const Ahead& ahead, int64_t b, int64_t blocks) {
-    for (const uint8_t* part : ahead.parts)
-      for (int64_t line = 0; line < (blocks * kBlockBytes + 63) / 64; ++line)
-        V::prefetch(part + b * ahead.step + line * ahead.stride);
-  }
-
-  static void four_rows(const uint8_t* const* rows, const Ahead& ahead, const Quantised& x, int64_t cols,
-                        float* out) {
-    const int64_t blocks = cols / kBlock;
-    F sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-    int64_t b = 0;
-    for (; b + kGroup <= blocks; b += kGroup) {
-      request(ahead, b, kGroup);
-      group<true>(rows, x, cols, b, kGroup, sums);
-    }
-    if (b < blocks) {
-      request(ahead, b, blocks - b);
-      group<false>(rows, x, cols, b, blocks - b, sums);
-    }
-    V::store_lane(out, V::add(V::add(sums[0], sums[1]), V::add(sums[2], sums[3])));
-  }
-
-  static float one(const uint8_t* row, const Quantised& x, int64_t cols) {
+  // Memory is asked for as many bytes from `ahead` on.
+  static float dot(const uint8_t* row, const uint8_t* ahead, const Quantised& x, int64_t cols) {
     const int64_t blocks = cols / kBlock;
     F sum = V::zero();
     int64_t b = 0;
-    for (; b + kGroup <= blocks; b += kGroup) sum = single<true>(row, x, cols, b, kGroup, sum);
-    if (b < blocks) sum = single<false>(row, x, cols, b, blocks - b, sum);
+    for (; b + kGroup <= blocks; b += kGroup) {
+      for (int at = 0; at < kGroup * kBlockBytes; at += 64) V::prefetch(ahead + b * kBlockBytes + at);
+      sum = group<true>(row, x, cols, b, kGroup, sum);
+    }
+    if (b < blocks) {
+      for (int64_t at = b; at < blocks; ++at) V::prefetch(ahead + at * kBlockBytes);
+      sum = group<false>(row, x, cols, b, blocks - b, sum);
+    }
     return V::tree(sum);
   }
 };

@@ -44,7 +44,7 @@ struct Make {
     return value;
   }
 
-  // `ahead` is a row that will be wanted soon.
+  // Memory is asked for as many bytes from `ahead` on.
   template <DType D>
   static float dot_of(const uint8_t* row, const uint8_t* ahead, const float* x, int64_t cols) {
     F sum[kVecs];
@@ -66,11 +66,13 @@ struct Make {
     return total;
   }
 
+  // Floats pass by as fast as memory gives them, and the hardware's prefetching needs no more than a nudge.
+  static constexpr int64_t kAhead = 1024;
+
   template <DType D>
   static void dot_rows_of(const uint8_t* const* rows, int64_t k, const float* x, int64_t cols, float* out) {
-    const int64_t distance = lead_of<D>(cols);
     for (int64_t j = 0; j < k; ++j)
-      out[j] = dot_of<D>(rows[j], rows[j + distance < k ? j + distance : k - 1], x, cols);
+      out[j] = dot_of<D>(rows[j], ahead_of<D>(rows, k, j, cols, kAhead), x, cols);
   }
 
   static void dot_rows(DType dtype, const uint8_t* const* rows, int64_t k, const float* x, int64_t cols,

@@ -17,12 +17,6 @@ struct Quantised {
   const float* offsets;    // (cols / 32): -8 * scale * sum of the block's quants, for q4_0 weights
 };
 
-// What four rows ask memory for while they are computed, to be wanted soon: at block b, lines of 64 bytes
-// from each of `parts` + b * step on, `stride` apart.
-struct Ahead {
-  const uint8_t* parts[4];
-  int64_t step, stride;
-};
 struct Panels;  // panels.h
 
 struct Kernels {
@@ -61,5 +55,6 @@ const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_vnni();
 const Kernels* kernels_neon();
 const Kernels* kernels_neon_dotprod();
+const Kernels* kernels_neon_i8mm();
 
 }  // namespace pi2

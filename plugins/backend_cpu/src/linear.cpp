@@ -18,29 +18,47 @@ void pi2_cpu::quantise(const float* x, int64_t n, int64_t cols) {
 
 namespace {
 
-constexpr int64_t kMaxStep = 256;
+// The rows of a product as chunks to claim: one for every thread of half of the rows, then of half of what is
+// left, and so on.  Long ones, because memory is slow where a stream begins; short ones at the end, so that
+// all threads end together.
+class Chunks {
+ public:
+  Chunks(const pi2_cpu& cpu, const pi2_cpu::Product& p)
+      : rows_(p.n_rows),
+        threads_(cpu.pool.size()),
+        least_(std::clamp<int64_t>((1 << 14) / std::max<int64_t>(p.w->row_bytes, 1), 8, 64)) {}
 
-// Rows claimed at a time: large enough that claiming costs nothing and that prefetching seldom stops at an
-// end (128 KiB are some 6 us of memory traffic), small enough to share out evenly.
-int64_t step_of(const pi2_cpu& cpu, const pi2_cpu::Product& p) {
-  const int64_t memory = (1 << 17) / std::max<int64_t>(p.w->row_bytes, 1);
-  const int64_t share = p.n_rows / (8 * cpu.pool.size());
-  return std::clamp<int64_t>(std::min(memory, share), 8, kMaxStep) / 4 * 4;
-}
+  // Calls with (first row, rows) of every chunk in turn until it says true.
+  template <class Body>
+  void find(Body&& body) const {
+    for (int64_t first = 0, size = 0; first < rows_;) {
+      size = std::max(least_, (rows_ - first) / (2 * threads_));
+      for (int64_t t = 0; t < threads_ && first < rows_; ++t, first += size)
+        if (body(first, std::min(size, rows_ - first))) return;
+    }
+  }
 
-int64_t chunks_of(const pi2_cpu& cpu, const pi2_cpu::Product& p) {
-  const int64_t step = step_of(cpu, p);
-  return (p.n_rows + step - 1) / step;
-}
+  int64_t count() const {
+    int64_t found = 0;
+    find([&](int64_t, int64_t) { return ++found, false; });
+    return found;
+  }
+
+ private:
+  int64_t rows_, threads_, least_;
+};
 
 // The weights pass by once, as fast as memory gives them.
-void multiply_chunk(const pi2_cpu& cpu, const pi2_cpu::Product& p, const float* x, int64_t chunk) {
+void multiply_rows(const pi2_cpu& cpu, const pi2_cpu::Product& p, const float* x, int64_t first, int64_t n) {
+  constexpr int64_t kAtOnce = 256;
   const pi2_matrix& w = *p.w;
-  const int64_t step = step_of(cpu, p), first = chunk * step, count = std::min(p.n_rows - first, step);
-  const uint8_t* rows[kMaxStep];
-  for (int64_t j = 0; j < count; ++j)
-    rows[j] = w.data + (p.rows ? p.rows[first + j] : first + j) * w.row_bytes;
-  dot_rows(cpu, w.dtype, rows, count, x, w.cols, p.out + first);
+  for (int64_t end = first + n; first < end; first += kAtOnce) {
+    const uint8_t* rows[kAtOnce];
+    const int64_t count = std::min(end - first, kAtOnce);
+    for (int64_t j = 0; j < count; ++j)
+      rows[j] = w.data + (p.rows ? p.rows[first + j] : first + j) * w.row_bytes;
+    dot_rows(cpu, w.dtype, rows, count, x, w.cols, p.out + first);
+  }
 }
 
 }  // namespace
@@ -51,13 +69,17 @@ void pi2_cpu::multiply(const float* x, int64_t n, const Product* products, int c
   int64_t chunks = 0;
   for (int i = 0; i < count; ++i) {
     integers |= integers_for(products[i].w->dtype);
-    chunks += chunks_of(*this, products[i]);
+    chunks += Chunks(*this, products[i]).count();
   }
   if (integers) quantise(x, 1, products->w->cols);
   pool.for_each(chunks, [&](int64_t chunk) {
     const Product* p = products;
-    for (; chunk >= chunks_of(*this, *p); ++p) chunk -= chunks_of(*this, *p);
-    multiply_chunk(*this, *p, x, chunk);
+    for (int64_t here; chunk >= (here = Chunks(*this, *p).count()); ++p) chunk -= here;
+    Chunks(*this, *p).find([&](int64_t first, int64_t rows) {
+      if (chunk-- > 0) return false;
+      multiply_rows(*this, *p, x, first, rows);
+      return true;
+    });
   });
 }
 

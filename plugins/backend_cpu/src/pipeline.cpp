@@ -1,5 +1,7 @@
 #include "pipeline.h"
 
+#include <errno.h>
+
 #include <algorithm>
 
 namespace pi2 {
@@ -8,6 +10,7 @@ namespace {
 constexpr size_t kInFlight = 64;  // clusters: more than any device's queue holds
 constexpr double kScan = 30e-6;   // seconds between two looks at the reads while there is work
 constexpr double kNap = 50e-6;    // seconds that one thread sleeps for a read when there is none
+constexpr double kPatience = 1;   // seconds after which it sleeps for the oldest until the storage's deadline
 
 }  // namespace
 
@@ -23,66 +26,6 @@ int32_t Pipeline::run(float* out, pi2_stream_count* count, pi2_storage_failure* 
   *count = count_;
   *failure = failure_;
   return failure_.code;
-}
-
-void Pipeline::plan() {
-  order_.reserve(static_cast<size_t>(candidates_.count));
-  remaining_.resize(static_cast<size_t>(token_.ranges()));
-  for (int64_t range = 0; range < token_.ranges(); ++range) plan_range(range);
-}
-
-// What is there, what is on its way, and what is missing.
-void Pipeline::plan_range(int64_t range) {
-  const int64_t first = token_.begin(range), last = token_.begin(range + 1);
-  remaining_[range] = last - first;
-  if (first == last) return token_.downs(range);
-  ++left_;
-  std::vector<int32_t> resident, loading, missing;
-  for (auto i = static_cast<int32_t>(first); i < last; ++i) {
-    const uint8_t is = state(i);
-    if (is == kPresent || (is == kGate && s_.split != 0)) resident.push_back(i);
-    else if (is == kLoading) loading.push_back(i);
-    else missing.push_back(i);
-  }
-  for (const int32_t i : missing) state(i) = kEmpty;  // a gate that cannot be read apart is read again
-  if (!resident.empty())
-    residents_.push_back(
-        append(Kind::kResident, range, resident.data(), static_cast<int64_t>(resident.size())));
-  add_guesses(range, std::move(loading));
-  add_clusters(range, missing);
-}
-
-Pipeline::Unit Pipeline::append(Kind kind, int64_t range, const int32_t* which, int64_t count) {
-  Unit unit;
-  unit.kind = kind;
-  unit.range = range;
-  unit.first = static_cast<int64_t>(order_.size());
-  unit.count = count;
-  order_.insert(order_.end(), which, which + count);
-  return unit;
-}
-
-void Pipeline::add_clusters(int64_t range, const std::vector<int32_t>& missing) {
-  const auto k = static_cast<int64_t>(missing.size());
-  for (int64_t i = 0; i < k; i += s_.cluster)
-    waiting_.push_back(append(s_.two_phase ? Kind::kGates : Kind::kWhole, range, missing.data() + i,
-                              std::min(s_.cluster, k - i)));
-}
-
-// One unit a ticket, which can be waited for only once.
-void Pipeline::add_guesses(int64_t range, std::vector<int32_t> loading) {
-  const auto prefetch = [&](int32_t i) { return s_.prefetch_of[slot(i)]; };
-  std::stable_sort(loading.begin(), loading.end(),
-                   [&](int32_t a, int32_t b) { return prefetch(a) < prefetch(b); });
-  for (auto i = loading.begin(); i != loading.end();) {
-    const auto end = std::find_if(i, loading.end(), [&](int32_t j) { return prefetch(j) != prefetch(*i); });
-    Unit unit = append(Kind::kGuess, range, &*i, end - i);
-    unit.prefetch = prefetch(*i);
-    unit.ticket = s_.prefetches[unit.prefetch].ticket;
-    unit.start = now();
-    in_flight_.push_back(unit);
-    i = end;
-  }
 }
 
 void Pipeline::work(uint8_t thread) {
@@ -216,6 +159,7 @@ void Pipeline::poll(Lock& lock, bool may_block) {
   std::vector<int64_t> tickets;
   for (const Unit& unit : in_flight_) tickets.push_back(unit.ticket);
   std::vector<Result> results(tickets.size());
+  const double began = in_flight_.front().start;
   lock.unlock();
   bool some = false;
   const auto look = [&](size_t i, double seconds) {
@@ -223,7 +167,7 @@ void Pipeline::poll(Lock& lock, bool may_block) {
     some |= results[i].code != PI2_STORAGE_PENDING;
   };
   for (size_t i = 0; i < tickets.size(); ++i) look(i, 0);
-  if (!some && may_block) look(0, kNap);
+  if (!some && may_block) look(0, now() - began > kPatience ? -1 : kNap);
   lock.lock();
   std::vector<Unit> over, still;
   for (size_t i = 0; i < in_flight_.size(); ++i) {  // others have only added to its end
@@ -273,6 +217,10 @@ void Pipeline::fail(const pi2_storage_failure& failure) {
   failed_ = true;
   failure_ = failure;
   waiting_.clear();
+  if (failure.code == ETIMEDOUT) {  // waiting for the others would take as long
+    s_.hangs = true;
+    in_flight_.clear();
+  }
   for (const Unit& unit : in_flight_) s_.abi->cancel(s_.abi->self, unit.ticket);
 }
 
@@ -289,5 +237,7 @@ void Pipeline::trace(const Unit& unit, Stage stage, uint8_t thread, int64_t neur
 extern "C" int32_t pi2_cpu_stream_ffn(pi2_stream* stream, const pi2_place* place, const int32_t* neurons,
                                       const int32_t* slots, int64_t k, const float* x, float* out,
                                       pi2_stream_count* count, pi2_storage_failure* failure) {
+  *failure = {ETIMEDOUT, -1};
+  if (stream->hangs) return ETIMEDOUT;
   return pi2::Pipeline(*stream, *place, {neurons, slots, k}, x).run(out, count, failure);
 }

@@ -20,22 +20,42 @@ void pause() {
 #endif
 }
 
-void pin(int cpu) {
 #if defined(__linux__)
+void pin(int cpu) {
   if (cpu < 0) return;
   cpu_set_t set;
   CPU_ZERO(&set);
   CPU_SET(cpu, &set);
-  pthread_setaffinity_np(pthread_self(), sizeof set,
-                         &set);  // best effort: the plan may name a core that is off
-#else
-  (void)cpu;
-#endif
+  pthread_setaffinity_np(pthread_self(), sizeof set, &set);  // best effort: the core may have gone off
 }
+
+// The calling thread on one core, until the end of the scope.
+class Pinned {
+ public:
+  explicit Pinned(int cpu)
+      : changed_(cpu >= 0 && pthread_getaffinity_np(pthread_self(), sizeof before_, &before_) == 0) {
+    if (changed_) pin(cpu);
+  }
+  ~Pinned() {
+    if (changed_) pthread_setaffinity_np(pthread_self(), sizeof before_, &before_);
+  }
+  Pinned(const Pinned&) = delete;
+  Pinned& operator=(const Pinned&) = delete;
+
+ private:
+  cpu_set_t before_;
+  bool changed_;
+};
+#else
+void pin(int) {}
+struct Pinned {
+  explicit Pinned(int) {}
+};
+#endif
 
 }  // namespace
 
-Pool::Pool(int threads, const int32_t* cpus) {
+Pool::Pool(int threads, const int32_t* cpus) : caller_(cpus ? cpus[0] : -1) {
   for (int i = 1; i < threads; ++i) {
     const int cpu = cpus ? cpus[i] : -1;
     workers_.emplace_back([this, i, cpu] { loop(i, cpu); });
@@ -57,6 +77,11 @@ void Pool::run(Task task, void* context, int64_t chunks) {
     for (int64_t i = 0; i < chunks; ++i) task(context, 0, i);
     return;
   }
+  const Pinned here(caller_);
+  share(task, context, chunks);
+}
+
+void Pool::share(Task task, void* context, int64_t chunks) {
   task_ = task;
   context_ = context;
   chunks_ = chunks;

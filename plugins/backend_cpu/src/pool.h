@@ -11,7 +11,8 @@ namespace pi2 {
 
 class Pool {
  public:
-  // `threads` in all, the caller's included; worker i is pinned to cpus[i] where cpus is given.
+  // `threads` in all, the caller's included; thread i is pinned to cpus[i] where cpus is given, the caller's
+  // for as long as it works here: what it does, or starts, elsewhere is none of ours.
   Pool(int threads, const int32_t* cpus);
   ~Pool();
   Pool(const Pool&) = delete;
@@ -37,8 +38,10 @@ class Pool {
 
  private:
   void work(int thread);
+  void share(Task task, void* context, int64_t chunks);
   void loop(int thread, int cpu);
 
+  int caller_ = -1;  // the core of the calling thread
   Task task_ = nullptr;
   void* context_ = nullptr;
   int64_t chunks_ = 0;

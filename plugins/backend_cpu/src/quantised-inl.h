@@ -10,11 +10,16 @@ constexpr int64_t bytes_of() {  // a block's, with its scale
   return D == DType::kF32 ? 128 : D == DType::kF16 ? 64 : D == DType::kQ8_0 ? 34 : 18;
 }
 
-// Rows to look ahead, so that their memory is on its way for some 100 ns before they are wanted.
+// What to ask memory for while rows[j] is computed.  Rows that are neighbours: what lies `distance` bytes
+// behind, so that the hardware sees one stream.  Others: a row that comes so far behind.
 template <DType D>
-inline int64_t lead_of(int64_t cols) {
-  constexpr int64_t kBytes = 4096;
-  return 1 + kBytes / (cols / kBlock * bytes_of<D>() + 64);
+inline const uint8_t* ahead_of(const uint8_t* const* rows, int64_t k, int64_t j, int64_t cols,
+                               int64_t distance) {
+  const int64_t bytes = cols / kBlock * bytes_of<D>();
+  const int64_t neighbour = j + 1 < k ? j + 1 : j;  // the last of many has none, but goes on likewise
+  if (neighbour > 0 && rows[neighbour] - rows[neighbour - 1] == bytes) return rows[j] + distance;
+  const int64_t next = j + 1 + distance / (bytes + 1);
+  return rows[next < k ? next : k - 1];
 }
 
 template <class V>
@@ -68,27 +73,15 @@ struct Quantising {
   template <DType D>
   using Dots = typename V::template Dots<D == DType::kQ4_0>;
 
-  // Neighbours in memory are asked for in their order, which the hardware's own prefetching recognises: with
-  // narrow rows, half as fast again as each row for itself.
-  template <DType D>
-  static Ahead ahead_of(const uint8_t* const* rows, int64_t cols) {
-    const uint8_t* first = rows[0];
-    if (rows[3] - first != 3 * (cols / kBlock * bytes_of<D>()))
-      return {{first, rows[1], rows[2], rows[3]}, bytes_of<D>(), 64};
-    return {{first, first + 64, first + 128, first + 192}, 4 * bytes_of<D>(), 256};
-  }
+  static constexpr int64_t kAhead = 4096;  // bytes: some 200 ns of one thread's memory traffic
 
-  // Four rows at a time, whose sums share their vectors.
   template <DType D>
   static void dot_rows_quantised_of(const uint8_t* const* rows, int64_t k, const Quantised& x, int64_t cols,
                                     float* out) {
-    const int64_t distance = 4 * lead_of<D>(4 * cols);
-    int64_t j = 0;
-    for (; j + 4 <= k; j += 4) {
-      const Ahead ahead = ahead_of<D>(rows + (j + distance + 4 <= k ? j + distance : k - 4), cols);
-      Dots<D>::four_rows(rows + j, ahead, x, cols, out + j);
-    }
-    for (; j < k; ++j) out[j] = Dots<D>::one(rows[j], x, cols);
+    const int64_t bytes = cols / kBlock * bytes_of<D>();
+    const int64_t distance = kAhead < bytes ? bytes : kAhead;  // a row's scales are wanted with its quants
+    for (int64_t j = 0; j < k; ++j)
+      out[j] = Dots<D>::dot(rows[j], ahead_of<D>(rows, k, j, cols, distance), x, cols);
   }
 
   static void dot_rows_quantised(DType dtype, const uint8_t* const* rows, int64_t k, const Quantised& x,

@@ -117,29 +117,6 @@ struct Avx2 {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p - ahead));
     return _mm_shuffle_epi8(bytes, _mm_loadu_si128(reinterpret_cast<const __m128i*>(kShift + ahead)));
   }
-  // Of 4 rows' scales, w[s]: those of step s, lane by lane.
-  template <bool Q4, bool Whole>
-  static void four_halves(const uint8_t* const* p, int64_t here, F w[4]) {
-    __m128i h[4];
-    for (int r = 0; r < 4; ++r)
-      h[r] = !Q4 && Whole ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p[r]))
-                          : halves < Q4 && Whole > (p[r], here);
-    const __m128i first = _mm_unpacklo_epi16(h[0], h[1]), second = _mm_unpacklo_epi16(h[2], h[3]);
-    const F b01 = _mm256_cvtph_ps(_mm_unpacklo_epi32(first, second));
-    const F b23 = _mm256_cvtph_ps(_mm_unpackhi_epi32(first, second));
-    if constexpr (Q4) {
-      const __m128i third = _mm_unpackhi_epi16(h[0], h[1]), fourth = _mm_unpackhi_epi16(h[2], h[3]);
-      w[0] = b01;
-      w[1] = b23;
-      w[2] = _mm256_cvtph_ps(_mm_unpacklo_epi32(third, fourth));
-      w[3] = _mm256_cvtph_ps(_mm_unpackhi_epi32(third, fourth));
-    } else {  // both lanes of a step are halves of one block
-      w[0] = _mm256_permute2f128_ps(b01, b01, 0x00);
-      w[1] = _mm256_permute2f128_ps(b01, b01, 0x11);
-      w[2] = _mm256_permute2f128_ps(b23, b23, 0x00);
-      w[3] = _mm256_permute2f128_ps(b23, b23, 0x11);
-    }
-  }
   // A group's scales, lane by lane: element s of lane l belongs to that lane of step s.
   static F lane_by_lane(F v) {
     return _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
@@ -162,16 +139,7 @@ struct Avx2 {
     const __m128 v = _mm_cvtph_ps(h);
     return _mm256_set_m128(v, v);
   }
-  static void each(F v, F out[4]) {  // out[s]: element s of every lane, four times
-    out[0] = _mm256_permute_ps(v, 0x00);
-    out[1] = _mm256_permute_ps(v, 0x55);
-    out[2] = _mm256_permute_ps(v, 0xaa);
-    out[3] = _mm256_permute_ps(v, 0xff);
-  }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
-  static void store_lane(float* out, F v) {  // the sum of the lanes
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
-  }
   static float tree(F v) {  // each lane's sum, then theirs
     v = add(v, _mm256_permute_ps(v, 0xb1));
     v = add(v, _mm256_permute_ps(v, 0x4e));

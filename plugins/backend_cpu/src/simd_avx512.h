@@ -85,27 +85,6 @@ struct Avx512 {
     if constexpr (Whole) return _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm512_castsi512_si256(load_first(p, 2 * count));
   }
-  // Of 4 rows' scales, w[s]: those of step s, lane by lane.
-  template <bool Q4, bool Whole>
-  static void four_halves(const uint8_t* const* p, int64_t here, F w[4]) {
-    __m256i h[4];
-    for (int r = 0; r < 4; ++r) h[r] = halves<Q4, Whole>(p[r], here);
-    const __m256i first = _mm256_unpacklo_epi16(h[0], h[1]), second = _mm256_unpacklo_epi16(h[2], h[3]);
-    const __m256i third = _mm256_unpackhi_epi16(h[0], h[1]), fourth = _mm256_unpackhi_epi16(h[2], h[3]);
-    const __m256i a = _mm256_unpacklo_epi32(first, second), b = _mm256_unpackhi_epi32(first, second);
-    const __m256i c = _mm256_unpacklo_epi32(third, fourth), d = _mm256_unpackhi_epi32(third, fourth);
-    if constexpr (Q4) {  // a: blocks 0, 1, 8, 9; b: 2, 3, 10, 11; c: 4, 5, 12, 13; d: 6, 7, 14, 15
-      w[0] = _mm512_cvtph_ps(_mm256_permute2x128_si256(a, b, 0x20));
-      w[1] = _mm512_cvtph_ps(_mm256_permute2x128_si256(c, d, 0x20));
-      w[2] = _mm512_cvtph_ps(_mm256_permute2x128_si256(a, b, 0x31));
-      w[3] = _mm512_cvtph_ps(_mm256_permute2x128_si256(c, d, 0x31));
-    } else {  // two lanes are halves of one block: 0, 1 in the low half of a, and so on
-      w[0] = _mm512_cvtph_ps(_mm256_permute4x64_epi64(a, 0x50));
-      w[1] = _mm512_cvtph_ps(_mm256_permute4x64_epi64(b, 0x50));
-      w[2] = _mm512_cvtph_ps(_mm256_permute4x64_epi64(c, 0x50));
-      w[3] = _mm512_cvtph_ps(_mm256_permute4x64_epi64(d, 0x50));
-    }
-  }
   // A group's scales, lane by lane: element s of lane l belongs to that lane of step s.
   template <bool Q4>
   static F lane_by_lane(F v) {
@@ -122,18 +101,11 @@ struct Avx512 {
   static F spread_halves(const uint8_t* p, int64_t here) {
     return lane_by_lane<Q4>(_mm512_cvtph_ps(halves<Q4, Whole>(p, here)));
   }
-  static void each(F v, F out[4]) {  // out[s]: element s of every lane, four times
-    out[0] = _mm512_shuffle_ps(v, v, 0x00);
-    out[1] = _mm512_shuffle_ps(v, v, 0x55);
-    out[2] = _mm512_shuffle_ps(v, v, 0xaa);
-    out[3] = _mm512_shuffle_ps(v, v, 0xff);
-  }
   static __m128 lanes(F v) {  // their sum, as a tree
     const __m256 a = low(v), b = high(v);
     return _mm_add_ps(_mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)),
                       _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1)));
   }
-  static void store_lane(float* out, F v) { _mm_storeu_ps(out, lanes(v)); }
   static float tree(F v) {  // each lane's sum, then theirs
     v = add(v, _mm512_shuffle_ps(v, v, 0xb1));
     return _mm_cvtss_f32(lanes(add(v, _mm512_shuffle_ps(v, v, 0x4e))));

@@ -9,7 +9,9 @@ namespace {
 
 struct Neon {
   using F = float32x4_t;
-#if defined(__ARM_FEATURE_DOTPROD)
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+  static constexpr const char* kName = "neon_i8mm";
+#elif defined(__ARM_FEATURE_DOTPROD)
   static constexpr const char* kName = "neon_dotprod";
 #else
   static constexpr const char* kName = "neon";
@@ -86,42 +88,30 @@ struct Neon {
 #endif
   }
 
-  // A row times T tokens: unpacked once, and each token's sum in the same order for every T.
-  template <bool Q4, int T>
-  static void dots(const uint8_t* row, const Quantised* x, int64_t cols, float* out) {
-    const uint8_t* scales = row + (Q4 ? cols / 2 : cols);
-    F sum0[T], sum1[T];
-    for (int t = 0; t < T; ++t) sum0[t] = sum1[t] = zero();
-    for (int64_t b = 0; b < cols / kBlock; ++b) {
-      int8x16_t low, high;
-      if constexpr (Q4) {
-        split(row + b * 16, &low, &high);
-      } else {
-        low = vld1q_s8(reinterpret_cast<const int8_t*>(row) + b * kBlock);
-        high = vld1q_s8(reinterpret_cast<const int8_t*>(row) + b * kBlock + 16);
-      }
-      const float weight_scale = half(scales + 2 * b);
-      for (int t = 0; t < T; ++t) {
-        const int8_t* quants = x[t].quants + b * kBlock;
-        const int32x4_t dots =
-            dot16(dot16(vdupq_n_s32(0), low, vld1q_s8(quants)), high, vld1q_s8(quants + 16));
-        const F scale = broadcast(weight_scale * x[t].scales[b]);
-        if (b & 1) sum1[t] = fma(vcvtq_f32_s32(dots), scale, sum1[t]);
-        else sum0[t] = fma(vcvtq_f32_s32(dots), scale, sum0[t]);
-      }
-    }
-    for (int t = 0; t < T; ++t) out[t] = vaddvq_f32(vaddq_f32(sum0[t], sum1[t]));
-  }
   template <bool Q4>
   struct Dots {
-    static float one(const uint8_t* row, const Quantised& x, int64_t cols) {
-      float out;
-      dots<Q4, 1>(row, &x, cols, &out);
-      return out;
-    }
-    static void four_rows(const uint8_t* const* rows, const Ahead&, const Quantised& x, int64_t cols,
-                          float* out) {
-      for (int i = 0; i < 4; ++i) out[i] = one(rows[i], x, cols);
+    static constexpr int kBlockBytes = Q4 ? 18 : 34;
+
+    // Memory is asked for as many bytes from `ahead` on.  Even and odd blocks have sums of their own: an
+    // addition takes longer than a block.
+    static float dot(const uint8_t* row, const uint8_t* ahead, const Quantised& x, int64_t cols) {
+      const uint8_t* scales = row + (Q4 ? cols / 2 : cols);
+      F sums[2] = {zero(), zero()};
+      for (int64_t b = 0; b < cols / kBlock; ++b) {
+        prefetch(ahead + b * kBlockBytes);
+        int8x16_t low, high;
+        if constexpr (Q4) {
+          split(row + b * 16, &low, &high);
+        } else {
+          low = vld1q_s8(reinterpret_cast<const int8_t*>(row) + b * kBlock);
+          high = vld1q_s8(reinterpret_cast<const int8_t*>(row) + b * kBlock + 16);
+        }
+        const int8_t* quants = x.quants + b * kBlock;
+        const int32x4_t dots =
+            dot16(dot16(vdupq_n_s32(0), low, vld1q_s8(quants)), high, vld1q_s8(quants + 16));
+        sums[b & 1] = fma(vcvtq_f32_s32(dots), broadcast(half(scales + 2 * b) * x.scales[b]), sums[b & 1]);
+      }
+      return vaddvq_f32(vaddq_f32(sums[0], sums[1]));
     }
   };
 };

@@ -87,12 +87,8 @@ struct Scalar {
 
   template <bool Q4>
   struct Dots {
-    static float one(const uint8_t* row, const Quantised& x, int64_t cols) {
+    static float dot(const uint8_t* row, const uint8_t*, const Quantised& x, int64_t cols) {
       return Q4 ? dot_q4(row, x, cols) : dot_q8(row, x, cols);
-    }
-    static void four_rows(const uint8_t* const* rows, const Ahead&, const Quantised& x, int64_t cols,
-                          float* out) {
-      for (int i = 0; i < 4; ++i) out[i] = one(rows[i], x, cols);
     }
   };
 };

@@ -1,5 +1,7 @@
 #include "stream.h"
 
+#include <errno.h>
+
 #include <algorithm>
 
 namespace {
@@ -61,6 +63,8 @@ extern "C" pi2_stream* pi2_cpu_stream_open(pi2_cpu* cpu, const pi2_ffn* slab, ui
 
 extern "C" int32_t pi2_cpu_stream_prefetch(pi2_stream* s, const pi2_place* place, const int32_t* neurons,
                                            const int32_t* slots, int64_t k, pi2_storage_failure* failure) {
+  *failure = {ETIMEDOUT, -1};
+  if (s->hangs) return ETIMEDOUT;
   const auto spent = [](const pi2::Prefetch& p) { return p.ticket == 0; };
   for (int64_t first = 0; first < k;) {
     const int64_t last = next_group(*s, neurons, first, k);
@@ -91,8 +95,14 @@ extern "C" int64_t pi2_cpu_stream_settle(pi2_stream* s, const int32_t* slots, in
       pi2::Prefetch& prefetch = s->prefetches[i];
       if (!wanted[i] || prefetch.ticket == 0) continue;
       pi2_storage_failure failure{0, -1};
-      if (cancelling) s->abi->cancel(s->abi->self, prefetch.ticket);
-      else bytes += s->settle(prefetch, s->abi->wait(s->abi->self, prefetch.ticket, kForEver, &failure) == 0);
+      if (cancelling) {
+        s->abi->cancel(s->abi->self, prefetch.ticket);
+        continue;
+      }
+      const int32_t code =
+          s->hangs ? ETIMEDOUT : s->abi->wait(s->abi->self, prefetch.ticket, kForEver, &failure);
+      s->hangs |= code == ETIMEDOUT;
+      bytes += s->settle(prefetch, code == 0);
     }
   }
   return bytes;

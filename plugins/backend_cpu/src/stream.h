@@ -35,6 +35,7 @@ struct pi2_stream {
   std::vector<pi2::Prefetch> prefetches;
   std::vector<int32_t> prefetch_of;  // (slots): while LOADING, a place in prefetches
   std::vector<pi2_span> spans;
+  bool hangs = false;  // the device has not answered in time and may yet write anywhere: no more calls
 
   uint8_t* bundle(int32_t slot) const { return const_cast<uint8_t*>(f.bundles) + slot * f.stride; }
   // Starts to read bytes [first, last) of k bundles; 0 with `failure` filled if that cannot be.

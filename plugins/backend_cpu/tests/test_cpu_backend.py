@@ -64,7 +64,7 @@ def test_the_best_instruction_set_is_the_expected_one():
 @given(
     seed=st.integers(0, 2**32 - 1),
     dtype=st.sampled_from(DTYPES),
-    n=st.sampled_from([1, 2, 7]),
+    n=st.sampled_from([1, 2, 7, 131]),
     isa=st.sampled_from(ISAS),
 )
 def test_the_bits_do_not_depend_on_the_threads(seed, dtype, n, isa):
@@ -107,6 +107,37 @@ def test_the_bits_of_a_row_do_not_depend_on_its_neighbours(seed, dtype, blocks, 
     backend.linear(placed, x, some, rows)
     backend.close()
     assert some.tobytes() == everything[:, rows].tobytes()
+
+
+@examples(25)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    dtype=st.sampled_from(DTYPES),
+    activation=st.sampled_from(["relu", "relu2", "silu", "gelu"]),
+    isa=st.sampled_from(ISAS),
+    cut=st.integers(2, 269),
+)
+def test_a_token_of_many_has_the_same_bits_whatever_the_others_are(seed, dtype, activation, isa, cut):
+    rng = np.random.default_rng(seed)
+    d, k, n = 32 * int(rng.integers(1, 5)), int(rng.integers(1, 90)), 271  # more than one group of tokens
+    geometry = BundleGeometry(d, dtype, dtype, dtype)
+    bundles = np.zeros((k, geometry.stride), np.uint8)
+    for part in ("gate", "up", "down"):
+        geometry.pack_into(bundles, part, rng.standard_normal((k, d), np.float32))
+    backend = CpuBackend(threads=2, isa=isa)
+    weight = backend.place(Tensor.from_f32(rng.standard_normal((k, d), np.float32), dtype))
+    ffn = backend.place_ffn(bundles, FfnSpec(geometry, activation))
+    x = rng.standard_normal((n, d), np.float32)
+    whole, parts = ((np.empty((n, k), np.float32), np.empty((n, d), np.float32)) for _ in range(2))
+    backend.linear(weight, x, whole[0])
+    active = backend.ffn(ffn, x, whole[1])
+    for piece in (slice(0, cut), slice(cut, n)):
+        backend.linear(weight, x[piece], parts[0][piece])
+        active -= backend.ffn(ffn, x[piece], parts[1][piece])
+    backend.close()
+    assert active == 0
+    for one, other in zip(whole, parts, strict=True):
+        assert one.tobytes() == other.tobytes()
 
 
 @pytest.mark.parametrize("isa", ISAS)

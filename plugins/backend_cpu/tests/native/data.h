@@ -12,6 +12,7 @@
 
 void stress_kernels(int64_t cases, const std::string& isa_prefix);
 void stress_pool(int64_t rounds);
+void stress_streams(int64_t cases);
 
 constexpr double kExact = 2e-5;     // float32 sums of up to 400 terms
 constexpr double kRounded = 0.012;  // activations rounded to 8 bits: the backend's stated tolerance
