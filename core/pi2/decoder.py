@@ -21,7 +21,7 @@ from pi2.kv_cache import KvCache
 from pi2.norm import Norm
 from pi2.powers import SupportsAttention
 from pi2.rope import RopeTable
-from pi2.tensor import F32, Tensor
+from pi2.tensor import F32, Ids, Tensor
 
 if TYPE_CHECKING:
     from pi2.container.reader import PiModel
@@ -56,6 +56,8 @@ class Decoder:
         self.arch = arch
         self.ffn_count = FfnCount()
         self.observer: FfnObserver | None = None
+        self.head: Callable[[F32], F32] | None = None
+        """Makes logits (n, vocab) of final states (n, d) in place of the LM head, before scale and cap."""
         self.predictor = predictor  # may be exchanged for another that is attached
         self._backend = backend
         matrices = dense_matrices(arch)
@@ -203,6 +205,12 @@ class Decoder:
         bias = self._vectors.get(f"{name}.bias")
         return out if bias is None else out + bias
 
+    def exact_head(self, x: F32, rows: Ids | None = None) -> F32:
+        """The LM head on final states (n, d): all logits, or those of ``rows``, before scale and cap."""
+        out = np.empty((len(x), self.arch.vocab_size if rows is None else len(rows)), np.float32)
+        self._backend.linear(self._weights["head.weight"], np.ascontiguousarray(x), out, rows)
+        return out
+
     def _norm(self, weight: str) -> Norm:
         kind = "rms" if weight.endswith(("q_norm.weight", "k_norm.weight")) else self.arch.norm
         bias = self._vectors.get(weight.removesuffix("weight") + "bias")
@@ -211,7 +219,7 @@ class Decoder:
     def _logits(self, x: F32) -> F32:
         if self.arch.final_norm:
             x = self._norms["final_norm"](x)
-        logits = self._linear(x, "head")
+        logits = self.exact_head(x) if self.head is None else self.head(x)
         if self.arch.logit_scale != 1:
             logits *= np.float32(self.arch.logit_scale)
         if self.arch.logit_softcap is not None:

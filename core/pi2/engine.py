@@ -80,6 +80,8 @@ class Engine:
         """Tokens of the KV cache at most; None: the model's maximum."""
         self.offloaded: OffloadedFfns | None = None
         """The FFNs on flash, if a budget was set."""
+        self.lossy_head: str | None = None
+        """What stands in for the LM head, if something does."""
         self._resources = ExitStack()
         if offload is None:
             predictor.attach(model, backend)
@@ -216,4 +218,6 @@ class Engine:
             config["offload"] = dataclasses.asdict(self.offloaded.options)
             config["two_phase"] = self.offloaded.two_phase
             config["notes"] = self.notes
-        return {**names, "lossless": self._lossless, "config": config}
+        if self.lossy_head is not None:
+            config["head"] = self.lossy_head
+        return {**names, "lossless": self._lossless and self.lossy_head is None, "config": config}

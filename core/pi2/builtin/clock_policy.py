@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from pi2.api import CachePolicy, Keys, Probe
+from pi2.builtin.fifo import Fifo
 from pi2.builtin.key_table import KeyTable, grown
+
+_GONE, _UNUSED, _USED = range(3)
 
 
 class ClockPolicy(CachePolicy):
@@ -15,9 +18,8 @@ class ClockPolicy(CachePolicy):
 
     def __init__(self) -> None:
         self._table = KeyTable()
-        self._here = np.zeros(0, np.int64)  # by index: 0 not here, 1 here, 2 here and used
-        self._ring = np.empty(0, np.int64)  # keys, the hand at the first
-        self._new: list[Keys] = []  # behind the ring
+        self._state = np.zeros(0, np.int64)  # by index
+        self._ring = Fifo()  # its front is where the hand points
 
     @classmethod
     def probe(cls) -> Probe:
@@ -25,35 +27,24 @@ class ClockPolicy(CachePolicy):
 
     def touch(self, ffn: int, keys: Keys) -> None:
         at = self._table.index(keys)
-        self._here = grown(self._here, self._table.size)
-        new = self._here[at] == 0
-        if new.any():
-            self._new.append(keys[new])
-        self._here[at] = np.where(new, 1, 2)
+        self._state = grown(self._state, self._table.size)
+        new = self._state[at] == _GONE
+        self._state[at] = np.where(new, _UNUSED, _USED)
+        self._ring.push(keys[new], at[new])
 
     def victims(self, ffn: int, n: int) -> Keys:
-        ring = self._joined()
-        unused = np.flatnonzero(self._here[self._table.index(ring)] == 1)
-        if len(unused) >= n:
-            return ring[unused[:n]]
-        used = np.flatnonzero(self._here[self._table.index(ring)] == 2)
-        return ring[np.concatenate((unused, used[: n - len(unused)]))]
+        unused = self._ring.first(n, lambda at: self._state[at] == _UNUSED)
+        used = self._ring.first(n - len(unused), lambda at: self._state[at] == _USED)
+        return np.concatenate((unused, used))
 
     def evicted(self, keys: Keys) -> None:
-        ring = self._joined()
         gone = self._table.index(keys)
-        self._here = grown(self._here, self._table.size)
-        self._here[gone] = 0
-        state = self._here[self._table.index(ring)]
-        last = np.flatnonzero(state == 0)
-        passed = int(last[-1]) + 1 if len(last) else 0  # the hand went that far
-        spared = ring[:passed][state[:passed] > 0]
-        self._here[self._table.index(spared)] = 1
-        self._ring = np.concatenate((ring[passed:], spared))
-
-    def _joined(self) -> Keys:
-        """The ring with the newcomers, in order."""
-        if self._new:
-            self._ring = np.concatenate((self._ring, *self._new))
-            self._new.clear()
-        return self._ring
+        self._state = grown(self._state, self._table.size)
+        n = int(np.count_nonzero(self._state[gone]))
+        whole_round = bool((self._state[gone] == _USED).any())  # the hand cleared every mark to get there
+        self._state[gone] = _GONE
+        if whole_round:
+            np.minimum(self._state, _UNUSED, out=self._state)
+        spared, at = self._ring.pop(n, lambda at: self._state[at] == _GONE)
+        self._state[at] = _UNUSED
+        self._ring.push(spared, at)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi2.api import CachePolicy, Keys, Probe
+from pi2.builtin.fifo import Fifo
 from pi2.builtin.key_table import Indices, KeyTable, grown
 from pi2.errors import OptionError
 
@@ -33,7 +34,7 @@ class S3FifoPolicy(CachePolicy):
         self._table = KeyTable()
         self._place = np.zeros(0, np.int64)  # by index
         self._uses = np.zeros(0, np.int64)
-        self._queues: dict[int, Keys] = {which: np.empty(0, np.int64) for which in (_GHOST, _SMALL, _MAIN)}
+        self._small, self._main, self._ghosts = Fifo(), Fifo(), Fifo()
 
     @classmethod
     def probe(cls) -> Probe:
@@ -43,68 +44,64 @@ class S3FifoPolicy(CachePolicy):
         at = self._grown(keys)
         place = self._place[at]
         self._uses[at] = np.where(place >= _SMALL, np.minimum(self._uses[at] + 1, _MOST_USES), 0)
-        for which, new in ((_SMALL, place == _ABSENT), (_MAIN, place == _GHOST)):
-            if new.any():
-                self._queues[which] = np.concatenate((self._queues[which], keys[new]))
-                self._place[at[new]] = which
-        if (place == _GHOST).any():
-            self._queues[_GHOST] = self._of(_GHOST)
+        new, back = place == _ABSENT, place == _GHOST
+        self._place[at] = np.where(new, _SMALL, np.where(back, _MAIN, place))
+        self._small.push(keys[new], at[new])
+        self._main.push(keys[back], at[back])
 
     def victims(self, ffn: int, n: int) -> Keys:
-        small, main = self._queues[_SMALL], self._queues[_MAIN]
-        on_trial = self._uses_of(small) < _PROVEN
-        surplus = max(0, len(small) - int(self._share * (len(small) + len(main))))
-        first = np.flatnonzero(on_trial)[:surplus]
-        # The main queue: a use is a second chance, so those with fewer uses come first, each in order.
-        by_uses = np.argsort(self._uses_of(main), kind="stable")
-        rest = np.ones(len(small), bool)
-        rest[first] = False
-        ordered = np.concatenate((small[first], main[by_uses], small[rest]))
-        return ordered[:n]
+        small, main = self._small, self._main
+        surplus = max(0, small.length - int(self._share * (small.length + main.length)))
+        found = [small.first(min(n, surplus), lambda at: self._uses[at] < _PROVEN)]
+        left = n - len(found[0])
+        for uses in range(_MOST_USES + 1):  # a use is a second chance: those with fewer first, each in order
+            if left > 0:
+                found.append(main.first(left, lambda at, uses=uses: self._uses[at] == uses))  # type: ignore[misc]
+                left -= len(found[-1])
+        if left > 0:  # all but what was named first
+            named = np.zeros_like(self._place, np.bool_)
+            named[self._table.index(found[0])] = True
+            found.append(small.first(left, lambda at: ~named[at]))
+        return np.concatenate(found)
 
     def evicted(self, keys: Keys) -> None:
         at = self._grown(keys)
-        left_small = keys[self._place[at] == _SMALL]
-        self._pass(_SMALL, keys)
-        self._pass(_MAIN, keys)
-        self._place[at] = _ABSENT
+        place = self._place[at]
+        from_small, from_main = place == _SMALL, place == _MAIN
+        self._place[at[from_small | from_main]] = _ABSENT
+        self._pass_small(int(np.count_nonzero(from_small)))
+        self._pass_main(int(np.count_nonzero(from_main)))
+        self._remember(keys[from_small], at[from_small])
+
+    def _pass_small(self, n: int) -> None:
+        """Take ``n`` keys that left out; of those passed over, the proven enter the main queue."""
+        spared, at = self._small.pop(n, lambda at: self._place[at] == _ABSENT)
+        proven = self._uses[at] >= _PROVEN
+        self._uses[at[proven]], self._place[at[proven]] = 0, _MAIN
+        self._main.push(spared[proven], at[proven])
+        self._small.push(spared[~proven], at[~proven])
+
+    def _pass_main(self, n: int) -> None:
+        """Take ``n`` keys that left out; those passed over go round with a use less."""
+        spared, at = self._main.pop(n, lambda at: self._place[at] == _ABSENT)
+        self._uses[at] = np.maximum(self._uses[at] - 1, 0)
+        self._main.push(spared, at)
+
+    def _remember(self, keys: Keys, at: Indices) -> None:
+        self._place[at] = _GHOST
         self._uses[at] = 0
-        self._remember(left_small)
-
-    def _pass(self, which: int, gone: Keys) -> None:
-        """Take ``gone`` out of a queue.  Those passed over on the way to the last move to the main one's end,
-
-        from the main queue with a use less, from the small one if they have proven themselves.
-        """
-        queue = self._queues[which]
-        leaves = np.isin(queue, gone)
-        last = np.flatnonzero(leaves)
-        passed = np.arange(len(queue)) < (last[-1] if len(last) else 0)
-        moves = passed & ~leaves & (self._uses_of(queue) >= (_PROVEN if which == _SMALL else 1))
-        moved, at = queue[moves], self._table.index(queue[moves])
-        self._uses[at] = 0 if which == _SMALL else self._uses[at] - 1
-        self._place[at] = _MAIN
-        self._queues[which] = queue[~leaves & ~moves]
-        self._queues[_MAIN] = np.concatenate((self._queues[_MAIN], moved))
-
-    def _remember(self, keys: Keys) -> None:
-        self._place[self._table.index(keys)] = _GHOST
-        ghosts = np.concatenate((self._queues[_GHOST], keys))
-        most = len(self._queues[_SMALL]) + len(self._queues[_MAIN])
-        forgotten = ghosts[: max(0, len(ghosts) - most)]
-        self._place[self._table.index(forgotten)] = _ABSENT
-        self._queues[_GHOST] = ghosts[len(forgotten) :]
-
-    def _of(self, which: int) -> Keys:
-        queue = self._queues[which]
-        there: Keys = queue[self._place[self._table.index(queue)] == which]
-        return there
-
-    def _uses_of(self, queue: Keys) -> NDArray[np.int64]:
-        uses: NDArray[np.int64] = self._uses[self._table.index(queue)]
-        return uses
+        self._ghosts.push(keys, at)
+        surplus = self._ghosts.length - self._small.length - self._main.length
+        if surplus > 0:  # counted with those that came back meanwhile, so that the queue has an end
+            oldest = self._table.index(self._ghosts.first(surplus, _all))
+            self._ghosts.pop(surplus, _all)
+            self._place[oldest[self._place[oldest] == _GHOST]] = _ABSENT
 
     def _grown(self, keys: Keys) -> Indices:
         at = self._table.index(keys)
         self._place, self._uses = (grown(a, self._table.size) for a in (self._place, self._uses))
         return at
+
+
+def _all(at: Indices) -> NDArray[np.bool_]:
+    return np.ones(len(at), np.bool_)

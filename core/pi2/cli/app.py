@@ -26,6 +26,7 @@ from pi2.cli import (
     relufy,
     report,
     run,
+    train_head,
     train_predictor,
 )
 from pi2.cli.output import print_error
@@ -67,7 +68,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _USE = (run, chat)
-_MAKE = (convert, inspect, collect, report, train_predictor, relufy, place, eval)
+_MAKE = (convert, inspect, collect, report, train_predictor, train_head, relufy, place, eval)
 for _module in (*_USE, *_MAKE, plugins, doctor):
     app.command(name=_module.__name__.rpartition(".")[2].replace("_", "-"))(_module.command)
 

@@ -41,6 +41,7 @@ def command(
     policy: o.Policy = None,
     hot: o.Hot = None,
     offload: o.OffloadDetails = None,
+    sparse_head: o.SparseHead = None,
     trace: o.Trace = None,
     verify: o.Verify = False,
 ) -> None:
@@ -67,6 +68,7 @@ def command(
         context=context,
         verify=verify,
         offload=o.parse_offload(memory, policy, hot, offload, trace),
+        sparse_head=sparse_head,
     ) as engine:
         Chat(engine, sampling, system).loop()
 

@@ -37,6 +37,7 @@ def command(
     policy: o.Policy = None,
     hot: o.Hot = None,
     offload: o.OffloadDetails = None,
+    sparse_head: o.SparseHead = None,
     json: o.Json = False,
 ) -> None:
     """Judge a predictor on text: perplexity, agreement with the dense model, recall, cost.
@@ -44,26 +45,33 @@ def command(
     The text is read one token at a time, as in decoding, where the predictor is asked, and again with
     every neuron: the dense model. Active is what a gate in float32 says: a
     backend that rounds to int8 decides otherwise near zero. With --memory the judge needs memory of its
-    own on top of the budget: it decodes whole matrices.
+    own on top of the budget: it decodes whole matrices. --sparse-head is judged beside the exact head, on
+    the same tokens; the other figures are with the exact one.
     """
     from pi2.evaluate import evaluate
+    from pi2.sparse_head import judge_head, open_sparse_head
 
     placement = o.parse_offload(memory, policy, hot, offload)
     with o.open_engine(
         model, backend=backend, storage=storage, predictor=predictor, offload=placement
     ) as engine:
         setup = engine.setup()
+        if sparse_head is not None:
+            open_sparse_head(engine, sparse_head)  # now, if it cannot be, and not after minutes
         with progress_bar(lambda n: f"{n} tokens") as progress:
             found = evaluate(
                 engine, texts, tokens=tokens, sequence=sequence,
                 against_dense=against == "dense", progress=progress,
             )  # fmt: skip
+        head = None if sparse_head is None else judge_head(engine, texts, sparse_head, tokens)
     if not setup["lossless"]:
         say(f"lossy: the predictor {setup['predictor']} may miss active neurons")
     if json:
-        print_json(describe(found, setup))
+        print_json({**describe(found, setup), "sparse_head": head and head.to_json()})
     else:
         _print(found, setup)
+        if head is not None:
+            print_table(head.table())
 
 
 def describe(found: Evaluation, setup: dict[str, Any]) -> dict[str, Any]:

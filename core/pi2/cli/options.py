@@ -44,6 +44,14 @@ Hot = Annotated[
     float | None,
     typer.Option("--hot", help="Share of the cache for neurons that statistics call hot [default: 0.5]."),
 ]
+SparseHead = Annotated[
+    int | None,
+    typer.Option(
+        "--sparse-head",
+        metavar="K",
+        help="Exact logits for K tokens only, an estimate for the others (lossy; pi2 train-head makes it).",
+    ),
+]
 OffloadDetails = Annotated[
     str | None,
     typer.Option(
@@ -142,6 +150,7 @@ def open_engine(
     context: int | None = None,
     verify: bool = False,
     offload: OffloadOptions | None = None,
+    sparse_head: int | None = None,
 ) -> Engine:
     """The engine that the options describe; without ``model`` the environment's choice."""
     from pi2.cli.output import print_notes
@@ -158,8 +167,20 @@ def open_engine(
         plugins=installed_plugins(),
         offload=offload,
     )
+    if sparse_head is not None:
+        _use_sparse_head(engine, sparse_head)
     print_notes(engine)
     return engine
+
+
+def _use_sparse_head(engine: Engine, candidates: int) -> None:
+    from pi2.sparse_head import use_sparse_head
+
+    try:
+        use_sparse_head(engine, candidates)
+    except BaseException:
+        engine.close()
+        raise
 
 
 def parse_offload(

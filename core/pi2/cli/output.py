@@ -92,7 +92,8 @@ def print_run(stats: RunStats, setup: dict[str, Any]) -> None:
     decoded = ", ".join(filter(None, (f"{len(stats.tokens)} tokens", why_cut(stats))))
     ttft = "-" if stats.ttft_s is None else f"{stats.ttft_s:.2f} s"
     density = "-" if stats.density is None else f"{stats.density:.1%}"
-    exactness = "as the dense model" if setup["lossless"] else "lossy: neurons may be missed"
+    missed = "tokens" if "head" in setup["config"] else "neurons"
+    exactness = "as the dense model" if setup["lossless"] else f"lossy: {missed} may be missed"
     rows = [
         ("TTFT", ttft, f"prompt of {stats.prompt_tokens} tokens, {stats.prefilled_tokens} computed"),
         ("prefill", _rate(stats.prefill_tps), ""),

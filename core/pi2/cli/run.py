@@ -51,6 +51,7 @@ def command(
     policy: o.Policy = None,
     hot: o.Hot = None,
     offload: o.OffloadDetails = None,
+    sparse_head: o.SparseHead = None,
     trace: o.Trace = None,
     verify: o.Verify = False,
     json: o.Json = False,
@@ -68,27 +69,15 @@ def command(
     if seed is None and temperature > 0:
         seed = new_seed()  # here, so that it can be told
     sampling = Sampling(
-        temperature=o.choose_temperature(temperature, greedy),
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        logit_bias=o.parse_bias(logit_bias),
-        seed=seed,
-        max_tokens=max_tokens,
-        stop=tuple(stop or ()),
-    )
+        temperature=o.choose_temperature(temperature, greedy), top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty, logit_bias=o.parse_bias(logit_bias),
+        seed=seed, max_tokens=max_tokens, stop=tuple(stop or ()),
+    )  # fmt: skip
     with o.open_engine(
-        model,
-        backend=backend,
-        storage=storage,
-        predictor=predictor,
-        context=context,
-        verify=verify,
-        offload=o.parse_offload(memory, policy, hot, offload, trace),
-    ) as engine:
+        model, backend=backend, storage=storage, predictor=predictor, context=context, verify=verify,
+        offload=o.parse_offload(memory, policy, hot, offload, trace), sparse_head=sparse_head,
+    ) as engine:  # fmt: skip
         _answer(engine, _prompt_ids(engine, text, system, raw), sampling, json=json, quiet=quiet)
 
 

@@ -21,7 +21,13 @@ from pi2.tensor import DTYPES
 MANIFEST: Final = "pi2.yaml"
 VERSION: Final = 1
 REQUIRED: Final = ("config.json", "tokenizer.json", "dense.safetensors", "neurons.safetensors")
-OPTIONAL: Final = ("chat_template.jinja", "predictors.safetensors", "statistics.safetensors", "plan.yaml")
+OPTIONAL: Final = (
+    "chat_template.jinja",
+    "predictors.safetensors",
+    "statistics.safetensors",
+    "head.safetensors",
+    "plan.yaml",
+)
 MAX_MANIFEST = 1 << 18  # bytes; a real one has 2 to 4 KiB
 _MAX_DEPTH = 8  # nesting of YAML collections; ours has 3
 _MAX_EVENTS = 1 << 13  # YAML scalars and brackets; ours has about 100

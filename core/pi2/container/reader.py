@@ -27,7 +27,7 @@ from pi2.powers import FfnPlace, SupportsView
 from pi2.tensor import DTYPES, F32, U8, DType, Tensor
 
 VERIFY_UP_TO = 1 << 30  # bytes that are checksummed on opening without being asked: about a second
-_PIECE = 8 << 20  # bytes read at once for a checksum
+_PIECE = 32 << 20  # bytes read at once
 _SMALL = {"config.json": 1 << 20, "tokenizer.json": 1 << 28, "chat_template.jinja": 1 << 22}  # max bytes
 _HINT = "the model is incomplete or damaged: fetch or convert it again"
 
@@ -101,7 +101,9 @@ class PiModel:
         if self._views and isinstance(self._tier, SupportsView):
             return self._tier.view(file, entry.offset, entry.nbytes)
         data = aligned_bytes(entry.nbytes)
-        self._tier.read(file, np.array([[entry.offset, entry.nbytes]], np.int64), data)
+        for at in range(0, entry.nbytes, _PIECE):  # the deadline of a slow device is that of a piece
+            piece = data[at : at + _PIECE]
+            self._tier.read(file, np.array([[entry.offset + at, len(piece)]], np.int64), piece)
         data.flags.writeable = False
         return data
 
@@ -167,8 +169,8 @@ def _check_sum(path: Path, manifest: Manifest, name: str, tier: StorageTier | No
 def _digest(tier: StorageTier, path: Path, nbytes: int) -> str:
     """SHA-256 of a file of ``nbytes``."""
     file, digest = tier.open_file(path), hashlib.sha256()
-    buffer = aligned_bytes(min(nbytes, _PIECE))
-    for at in range(0, nbytes, _PIECE):
+    buffer = aligned_bytes(min(nbytes, _PIECE // 4))
+    for at in range(0, nbytes, _PIECE // 4):
         piece = buffer[: nbytes - at]
         tier.read(file, np.array([[at, len(piece)]], np.int64), piece)
         digest.update(piece.data)

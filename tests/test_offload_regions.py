@@ -1,0 +1,139 @@
+"""The hot region, look-ahead, the order of dense reads, and a budget that was set too tight."""
+
+import shutil
+
+import numpy as np
+import offload_models as toys
+import pytest
+from pi2 import offload as offload_module
+from pi2.activation_counts import ActivationCounts
+from pi2.builtin.mmap_tier import MmapTier
+from pi2.container.layout import NEURONS
+from pi2.container.reader import open_model
+from pi2.engine import Engine
+from pi2.lookahead import Lookahead
+from pi2.offload import OffloadOptions
+from pi2.powers import SlotState
+from pi2.prefill import DenseReader
+from pi2.statistics_file import STATISTICS, Statistics
+
+HOT = 40
+
+
+@pytest.fixture
+def with_statistics(tmp_path):
+    """``with_statistics(sha)``: a model whose neurons 0, 4, 8, ... are the most often active."""
+
+    def make(sha=None):
+        path = tmp_path / "model"
+        shutil.copytree(toys.model("relu"), path)
+        model = open_model(path, MmapTier())
+        arch, sha = model.architecture, sha or model.manifest.files[NEURONS].sha256
+        counts = ActivationCounts.empty(sha, arch.n_layers, arch.n_neurons, sequence=8, batches=(1,))
+        active = np.zeros((100, 8, arch.n_neurons), np.bool_)
+        active[:, :, ::4] = True
+        active[0, 0, 1] = True
+        for layer in range(arch.n_layers):
+            counts.add(layer, active)
+        counts.finish_group("0" * 64, 100)
+        Statistics(counts).save(path / STATISTICS)
+        return path
+
+    return make
+
+
+def opened(path, **options):
+    return Engine.open(path, backend="numpy", storage="mmap", plugins=toys.PLUGINS, verify=False,
+                       offload=OffloadOptions(**options))  # fmt: skip
+
+
+def test_the_hot_region_holds_the_most_active_neurons_for_ever(with_statistics):
+    with opened(with_statistics(), slots=toys.NEURONS + 2 * HOT, hot=0.5) as engine:
+        cache, model = engine.offloaded.cache, engine.model
+        hot = np.arange(0, toys.NEURONS, 4, dtype=np.int32)
+        assert cache.n_hot == HOT
+        assert engine.offloaded.regions.hot == HOT * model.geometry.stride
+        for _ in range(2):
+            slots = cache.slots(0, hot)
+            assert (slots < HOT).all()
+            assert (cache.states[slots] == SlotState.PRESENT).all()
+            assert np.array_equal(cache.slab[slots], model.bundles(0)[hot])
+            got = toys.logits(engine, [1, 2, 3], list(range(20)))  # what is cold comes and goes
+    with toys.engine("relu") as engine:
+        assert got.tobytes() == toys.logits(engine, [1, 2, 3], list(range(20))).tobytes()
+
+
+def test_hot_zero_keeps_nothing_and_foreign_statistics_are_not_used(with_statistics):
+    with opened(with_statistics("f" * 64), slots=300) as engine:
+        assert engine.offloaded.cache.n_hot == 0
+        assert any("is of another model" in note for note in engine.notes)
+    with toys.engine("relu", slots=300, hot=0.0) as engine:
+        assert engine.offloaded.cache.n_hot == 0
+
+
+@pytest.mark.skipif(len(toys.STORAGES) < 2, reason="no storage here reads ahead")
+def test_look_ahead_guesses_and_counts_what_it_was_right_about():
+    with toys.engine("wide", storage="ufs", slots=240, prefetch="on") as engine:
+        toys.logits(engine, [1], list(range(30)))
+        count = engine.offloaded.take_count()
+    assert 0 < count.useful <= count.guessed
+    with toys.engine("wide", storage="ufs", slots=240, prefetch="off") as engine:
+        toys.logits(engine, [1], list(range(30)))
+        assert engine.offloaded.take_count().guessed == 0
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_look_ahead_goes_on_only_if_tokens_with_it_take_less_time(monkeypatch, pays):
+    """By a clock of this test: a token with guesses takes 1 or 3 seconds, one without takes 2."""
+    clock = [0.0]
+    monkeypatch.setattr("pi2.lookahead.time.perf_counter", lambda: clock[0])
+    ahead = Lookahead(open_model(toys.model("relu"), MmapTier()), "auto")
+    predictor = toys.part("predictors", "exact")
+    chosen = []
+    for _ in range(200):
+        ahead.guess(predictor, 0, np.zeros((1, 64), np.float32))
+        chosen.append(ahead.on)
+        clock[0] += (1 if pays else 3) if ahead.on else 2
+    assert set(chosen[:32]) == {True, False}  # tried both ways
+    assert set(chosen[33:]) == {pays}
+
+
+def test_a_cache_smaller_than_a_token_wants_is_warned_about():
+    with toys.engine("silu", slots=toys.NEURONS) as engine:
+        toys.logits(engine, [1], [2])
+        engine.offloaded.take_count()
+        assert any("the cache holds 160 neurons, a token wants" in note for note in engine.notes)
+
+
+def test_a_process_above_its_budget_gives_slots_up(monkeypatch):
+    with toys.engine("relu", slots=toys.NEURONS + 100, memory=None) as engine:
+        ffns = engine.offloaded
+        toys.logits(engine, [1], list(range(30)))
+        ffns.options = OffloadOptions(memory=10**9)
+        monkeypatch.setattr(offload_module, "rss_bytes", lambda: 10**9 + 10 * ffns.cache.slab.shape[1])
+        ffns.take_count()
+        assert ffns.cache.capacity == toys.NEURONS + 90
+        for _ in range(20):
+            ffns.take_count()
+        assert ffns.cache.capacity == toys.NEURONS
+        assert any("more memory than the budget is in use" in note for note in engine.notes)
+        got = toys.logits(engine, [1], list(range(30)))
+    with toys.engine("relu") as engine:
+        assert got.tobytes() == toys.logits(engine, [1], list(range(30))).tobytes()
+
+
+@pytest.mark.parametrize("storage", toys.STORAGES[:2])
+def test_dense_reads_come_in_order_and_can_be_left_at_any_point(storage):
+    tier = toys.part("storage_tiers", storage)
+    model = open_model(toys.model("relu"), tier, views=False)
+    places = [model.ffn_place(ffn) for ffn in range(2)]
+    reader = DenseReader(tier, places, [(0, 64), (64, 128), (128, 160)], model.geometry.stride)
+    for first, _ in reader.bundles(0):
+        if first == 64:
+            break
+    for ffn in (1, 0, 0, 1):  # also out of order: what was read ahead is given up
+        parts = [bundles.copy() for _, bundles in reader.bundles(ffn)]
+        assert np.array_equal(np.concatenate(parts), model.bundles(ffn))
+    assert reader.take_count().bytes_read >= 4 * model.bundles(0).nbytes
+    reader.stop()
+    tier.close()
