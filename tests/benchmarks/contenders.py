@@ -85,7 +85,8 @@ class Pi2:
             options["offload"] = OffloadOptions(**offload)
         self._engine = Engine.open(model, **options)
         self._given: dict[str, list[Any]] = {}
-        self.about = self._engine.setup()
+        kv_item = np.dtype(self._engine.decoder._backend.kv_dtype).itemsize
+        self.about = self._engine.setup() | {"kv_item_bytes": kv_item}
 
     def run(self, ids: list[int], prompt: int, given: bool = False) -> Answer:
         decoder = self._engine.decoder
@@ -151,7 +152,7 @@ class LlamaCpp:
         # n_ctx, n_ubatch stays 512, n_threads and n_threads_batch: (expected default, value) at their offsets
         fields = {0: (512, context), 28: (4, threads), 32: (4, threads)}
         self._params = llama_cpp._with(lib.llama_context_default_params(), fields)
-        self.about = {"threads": threads, "repack": repack, "mmap": True}
+        self.about = {"threads": threads, "repack": repack, "mmap": True, "kv_item_bytes": 2}
 
     def run(self, ids: list[int], prompt: int) -> Answer:
         lib = self._lib
@@ -190,7 +191,7 @@ class IkLlamaCpp:
         self._params = api.llama_context_default_params()
         self._params.n_ctx = self._params.n_batch = context
         self._params.n_threads = self._params.n_threads_batch = threads
-        self.about = {"threads": threads, "repack": repack}
+        self.about = {"threads": threads, "repack": repack, "kv_item_bytes": 2}
 
     def run(self, ids: list[int], prompt: int) -> Answer:
         api, seen = self._api, 0

@@ -61,14 +61,14 @@ def architecture(model: Path) -> Architecture:
     return Architecture.from_dict(json.loads((model / "config.json").read_text()))
 
 
-def token_bytes(model: Path, engine: str, density: float, context: int) -> int:
+def token_bytes(model: Path, engine: str, density: float, context: int, kv_item: int = 2) -> int:
     """What one decoded token must read, at least: weights of q4_0, the KV cache, the predictor."""
     manifest, arch = read_manifest(model), architecture(model)
     q4 = row_bytes("q4_0", arch.d_model)
     kv_rows = 2 * arch.n_kv_heads
     heads = (arch.n_heads + kv_rows) * arch.head_dim
     attention = heads * q4 + arch.d_model * row_bytes("q4_0", arch.n_heads * arch.head_dim)
-    cache = kv_rows * arch.head_dim * context * (2 if engine in PEERS else 4)
+    cache = kv_rows * arch.head_dim * context * kv_item
     neurons = {"exact": 1 + 2 * density, "given": 3 * density, "lowrank": 3 * density}.get(engine, 3)
     ffn = neurons * arch.n_neurons * q4
     predictor = manifest.files[PREDICTORS].nbytes if engine == "lowrank" else 0
@@ -117,8 +117,9 @@ def summary(rows: Rows, memory: list[float], running: Any, options: argparse.Nam
 
     report = {}
     context = options.prompt + options.decode // 2
-    for name, (_, model, density) in running.items():
-        needed = token_bytes(model, name.split()[0], density, context)
+    for name, (contender, model, density) in running.items():
+        kv_item = contender.setup["kv_item_bytes"]
+        needed = token_bytes(model, name.split()[0], density, context, kv_item)
         rate = [needed * speed / 1e9 for speed in decode(name)]
         report[name] = {
             "decode_tokens_s": spread(decode(name)),

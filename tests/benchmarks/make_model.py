@@ -2,11 +2,11 @@
 
 PYTHONPATH=tests python tests/benchmarks/make_model.py DIRECTORY [--page 512] [--no-gguf] [--check]
 
-Writes DIRECTORY/model (pi2, q4_0, ReLU, with a predictor) and DIRECTORY/model.gguf.  The weights are
-random, yet the model is sparse like a real one: see ``sparse_source.py`` for how, and ``--check`` for the
-figures on text that it decodes itself, beside those of the real ReLU model.  llama.cpp computes SiLU
-where pi2 computes ReLU: of the GGUF only the speed means something.  Every dimension and knob of
-``sparse_source.Shape`` is an option.  Default directory: the user's cache.  A run that was stopped goes on.
+Writes DIRECTORY/model (pi2, q4_0, ReLU, with predictor and statistics) and DIRECTORY/model.gguf.  The
+weights are random, yet the model is sparse like a real one: see ``sparse_source.py`` for how, and
+``--check`` for the figures on text that it decodes itself, beside those of the real ReLU model.  llama.cpp
+computes SiLU where pi2 computes ReLU: of the GGUF only the speed means something.  Every dimension and knob
+of ``sparse_source.Shape`` is an option.  Default directory: the user's cache.  A stopped run goes on.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 from gguf_export import export
-from model_check import check
+from model_check import check, statistics
 from pi2.builtin.mmap_tier import MmapTier
 from pi2.container import FfnPredictor, Predictors, open_model, read_manifest, replace_file
 from pi2.container.layout import NEURONS, QuantPlan
 from pi2.container.predictors import PREDICTORS
 from pi2.convert import convert
+from pi2.statistics_file import STATISTICS
 from pi2.tensor import Tensor
 from sparse_source import Shape, SparseSource
 
@@ -34,7 +35,13 @@ CACHE = Path.home() / ".cache" / "pi2" / "benchmarks"
 
 
 def make(
-    directory: Path, shape: Shape, *, page: int = 4096, with_gguf: bool = True, margin: float = 0.0
+    directory: Path,
+    shape: Shape,
+    *,
+    page: int = 4096,
+    with_gguf: bool = True,
+    margin: float = 0.0,
+    collect: int = 0,
 ) -> Path:
     """Make what is not there yet and return the path of the pi2 model."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -45,6 +52,8 @@ def make(
         raise SystemExit(f"{path} has another shape: remove it or choose another directory")
     if PREDICTORS not in read_manifest(path).files:
         replace_file(path, PREDICTORS, predictors(path, source, margin).save)
+    if collect and STATISTICS not in read_manifest(path).files:
+        replace_file(path, STATISTICS, statistics(path, collect).save)
     if with_gguf and not (directory / "model.gguf").exists():
         tier = MmapTier()
         export(open_model(path, tier, verify=False), directory / "model.gguf")
@@ -86,6 +95,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--page", type=int, default=4096, help="512: bundles lie 7168 bytes apart")
     parser.add_argument("--no-gguf", action="store_true")
     parser.add_argument("--margin", type=float, default=0.3, help="of the predictor, in deviations of a gate")
+    parser.add_argument("--collect", type=int, default=1024, help="tokens for the statistics; 0: none")
     parser.add_argument("--check", action="store_true")
     for field in dataclasses.fields(Shape):
         kind: Any = type(field.default)
@@ -98,7 +108,12 @@ def main() -> None:
     shape = Shape(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Shape)})
     start = time.perf_counter()
     path = make(
-        options.directory, shape, page=options.page, with_gguf=not options.no_gguf, margin=options.margin
+        options.directory,
+        shape,
+        page=options.page,
+        with_gguf=not options.no_gguf,
+        margin=options.margin,
+        collect=options.collect,
     )
     sys.stderr.write(f"\r{path}: {time.perf_counter() - start:.0f} s\n")
     if options.check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ from typing import Any
 import activity
 import numpy as np
 from numpy.typing import NDArray
+from pi2.activation_counts import ActivationCounts
 from pi2.activity import gate_values
 from pi2.api import Backend, Predictor
 from pi2.builtin.lowrank_predictor import LowRankPredictor
+from pi2.container.layout import NEURONS
 from pi2.container.predictors import model_predictors
 from pi2.engine import Engine
 from pi2.sampling import Sampling
+from pi2.statistics_file import Statistics
 
 F32 = NDArray[np.float32]
 
@@ -51,6 +55,26 @@ def decoded_inputs(engine: Engine, ids: list[int], tokens: int) -> tuple[list[F3
     engine.decoder.observer = None
     stats = generation.stats
     return [np.stack(inputs[ffn]) for ffn in sorted(inputs)], stats.tokens, sum(stats.token_times_s)
+
+
+def statistics(path: Path, tokens: int, sequence: int = 128) -> Statistics:
+    """What ``pi2 collect`` counts, on random tokens: the made-up words of the vocabulary cannot be typed."""
+    rng = np.random.default_rng(2)
+    with Engine.open(path, context=sequence) as engine:
+        arch, texts = engine.model.architecture, max(1, tokens // sequence)
+        counts = ActivationCounts.empty(
+            engine.model.manifest.files[NEURONS].sha256, arch.n_layers, arch.n_neurons,
+            sequence=sequence, batches=(1,),
+        )  # fmt: skip
+        inputs: dict[int, list[F32]] = {}
+        engine.decoder.observer = lambda ffn, x: inputs.setdefault(ffn, []).append(x.copy())
+        for _ in range(texts):
+            engine.session().forward(rng.integers(0, arch.vocab_size, sequence).tolist())
+        for ffn, x in inputs.items():
+            active = gate_values(engine.model, ffn, np.concatenate(x)) > 0
+            counts.add(ffn, active.reshape(texts, sequence, arch.n_neurons))
+        counts.finish_group(hashlib.sha256(b"random tokens 2").hexdigest(), texts)
+    return Statistics(counts)
 
 
 def judge(engine: Engine, inputs: list[F32], values: list[F32]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ own (page cache counted, the model's files dropped from it before), each under t
     pi2 in memory, pi2 exact in memory, llama.cpp in memory (repacked)    no limit
     prefill            pi2, --prefill tokens at once under the limit; and without: "prefill in memory"
     llama.cpp prefill  the same under the limit, as the paper compares it
+    "pi2 [exact] KEY=VALUE..."    other options, for ablations: two_phase=false, prefetch=off, policy=lru,
+                       storage=mmap, memory=none (all weights mapped, as llama.cpp has them)
 
 RESULT.json grows by one piece at a time: a run that was stopped goes on, ``--minutes`` stops one.  All get
 the same tokens: a prompt, then tokens one by one, of which the first ``--settle`` fill the cache and do not
@@ -24,7 +26,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,16 @@ class Bench:
             "llama.cpp prefill": lambda: self.llama(limited=True, prefill=True),
         }
 
+    def run(self, name: str) -> Piece:
+        """A piece by its name; ``pi2 [exact] KEY=VALUE...`` is one with other options than the usual ones."""
+        if name in self.pieces:
+            return self.pieces[name]()
+        first, *words = name.split()
+        if first != "pi2" or not all("=" in word or word == "exact" for word in words):
+            raise SystemExit(f"no piece is called {name!r}: there are {', '.join(self.pieces)}")
+        predictor = "exact" if "exact" in words else self.options.predictor
+        return self.pi2(predictor, limited=True, changes=[word for word in words if "=" in word])
+
     def disk(self) -> Piece:
         neurons = self.model / "neurons.safetensors"
         stride = read_manifest(self.model).geometry.stride
@@ -97,16 +109,27 @@ class Bench:
         options = {"threads": o.threads, "context": len(ids) + 8, "repack": not limited}
         return self._run("llama.cpp", self.gguf, ids, prompt, limited, **options)
 
-    def pi2(self, predictor: str, *, limited: bool, prefill: bool = False) -> Piece:
+    def pi2(
+        self, predictor: str, *, limited: bool, prefill: bool = False, changes: Sequence[str] = ()
+    ) -> Piece:
         o = self.options
         ids, prompt = self.tokens(o.settle + o.decode, prefill)
         context, backend = len(ids) + 8, f"cpu:threads={o.threads}"
         options: dict[str, Any] = {"backend": backend, "predictor": predictor, "context": context}
         if limited:
-            extra = dict(item.split("=", 1) for item in o.offload)
-            memory = int(self.limit * (1 - HEADROOM))
-            options["offload"] = {k: json.loads(v) for k, v in extra.items()} | {"memory": memory}
-            options["offload"] |= {"policy": o.policy}
+            offload: dict[str, Any] = {"memory": int(self.limit * (1 - HEADROOM))}
+            for item in (*o.offload, *changes):
+                key, _, value = item.partition("=")
+                if key == "storage":
+                    options["storage"] = value
+                elif (key, value) == (
+                    "memory",
+                    "none",
+                ):  # all weights are mapped
+                    del offload["memory"]
+                else:
+                    offload[key] = _value(value)
+            options["offload"] = offload if "memory" in offload else None
         return self._run("pi2", self.model, ids, prompt, limited, **options)
 
     def _run(
@@ -122,6 +145,14 @@ class Bench:
                 rss = _rss(contender.pid)
                 charged = group.figures() if group else None
         return answer | {"load_s": loaded, "rss": rss, "cgroup": charged, "setup": contender.setup}
+
+
+def _value(text: str) -> Any:
+    """A number, true or false; else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _rss(pid: int) -> dict[str, int]:
@@ -160,7 +191,7 @@ def main(options: argparse.Namespace) -> None:
                 raise SystemExit(f"stopped after {options.minutes} minutes, before {name} of repeat {repeat}")
             load = os.getloadavg()[0]
             try:
-                done[name] = bench.pieces[name]() | {"load_average_before": load}
+                done[name] = bench.run(name) | {"load_average_before": load}
             except RuntimeError as e:  # a budget that is refused is a finding, too: it is said on stderr
                 done[name] = {"refused": str(e)}
             options.result.write_text(json.dumps(state))
@@ -186,8 +217,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--offloaded", type=float, default=0.5, help="share of the FFN weights")
     parser.add_argument("--limit", type=int, help="bytes; without it as --offloaded says")
     parser.add_argument("--predictor", default="lowrank:max_loss=1")
-    parser.add_argument("--policy")
-    parser.add_argument("--offload", nargs="*", default=[], metavar="KEY=JSON", help="of OffloadOptions")
+    parser.add_argument("--offload", nargs="*", default=[], metavar="KEY=VALUE", help="of OffloadOptions")
     return parser.parse_args()
 
 

@@ -103,9 +103,7 @@ def _reads(found: list[Piece], settle: int) -> dict[str, Any]:
         "hit_rate": spread([total(t, "present") / max(total(t, "wanted"), 1) for t in counted]),
         "io_wait_share": spread([total(t, "wait_s") / s for t, s in zip(counted, seconds, strict=True)]),
         "ffn_share": spread([total(t, "wall_s") / s for t, s in zip(counted, seconds, strict=True)]),
-        "mb_read_per_token": spread(
-            [total(t, "bytes_read", "prefetched_bytes") / len(t) / 1e6 for t in counted]
-        ),
+        "mb_read_per_token": spread([total(t, "bytes_read", "wasted_bytes") / len(t) / 1e6 for t in counted]),
         "reads_per_token": spread([total(t, "reads") / len(t) for t in counted]),
         "prefetch_useful_share": spread([total(t, "useful") / max(total(t, "guessed"), 1) for t in counted]),
     }

@@ -17,6 +17,7 @@ from pi2.builtin.mmap_tier import MmapTier
 from pi2.container import open_model, read_manifest
 from pi2.engine import Engine
 from pi2.formats.gguf_source import GgufFormat
+from pi2.statistics_file import STATISTICS, Statistics
 from sparse_source import Shape, SparseSource
 
 TINY = Shape(
@@ -52,7 +53,7 @@ def measured(path, tokens=160):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return make(tmp_path_factory.mktemp("tiny"), TINY, page=512, margin=0.3)
+    return make(tmp_path_factory.mktemp("tiny"), TINY, page=512, margin=0.3, collect=512)
 
 
 def test_density_skew_overlap_and_predictor_are_as_asked(tiny):
@@ -67,6 +68,14 @@ def test_density_skew_overlap_and_predictor_are_as_asked(tiny):
     assert judged["recall"] > 0.85
     assert judged["density"] < 0.3
     assert judged["precision"] > 0.4
+
+
+def test_statistics_name_the_neurons_that_were_made_to_be_active_often(tiny):
+    counts = Statistics.load(tiny / STATISTICS).counts
+    assert counts.tokens == 512
+    found, made = counts.frequency[:, 0], SparseSource(TINY)
+    for layer, often in enumerate(found):
+        assert np.corrcoef(often, -made.gates(layer).thresholds)[0, 1] > 0.6
 
 
 def test_text_wanders(tiny):
