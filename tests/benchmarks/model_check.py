@@ -57,9 +57,13 @@ def decoded_inputs(engine: Engine, ids: list[int], tokens: int) -> tuple[list[F3
     return [np.stack(inputs[ffn]) for ffn in sorted(inputs)], stats.tokens, sum(stats.token_times_s)
 
 
-def statistics(path: Path, tokens: int, sequence: int = 128) -> Statistics:
-    """What ``pi2 collect`` counts, on random tokens: the made-up words of the vocabulary cannot be typed."""
-    rng = np.random.default_rng(2)
+def statistics(path: Path, tokens: int, sequence: int = 512) -> Statistics:
+    """What ``pi2 collect`` counts, on random tokens: the made-up words of the vocabulary cannot be typed.
+
+    Sequences are long, since attention averages little at the beginning of a text: gates vary more there,
+    and are more often open.
+    """
+    sequence, rng = min(sequence, tokens), np.random.default_rng(2)
     with Engine.open(path, context=sequence) as engine:
         arch, texts = engine.model.architecture, max(1, tokens // sequence)
         counts = ActivationCounts.empty(
