@@ -8,7 +8,7 @@ from pi2.architecture import Architecture
 from pi2.bundle import BundleGeometry
 from pi2.errors import BudgetError
 from pi2.ffns import RANGE_BYTES
-from pi2.kv_cache import kv_bytes
+from pi2.kv_cache import KvDType, kv_bytes
 from pi2.prefill import BUFFERS
 
 DEFAULT_CONTEXT = 2048
@@ -54,7 +54,7 @@ def too_small(memory: int, minimum: int, hint: str | None = None) -> BudgetError
     )
 
 
-def to_come(arch: Architecture, g: BundleGeometry, context: int, chunk: int) -> int:
+def to_come(arch: Architecture, g: BundleGeometry, context: int, chunk: int, kv: KvDType) -> int:
     """Bytes that the fixed region will grow by once tokens are computed."""
     tokens = min(context, GROUP * chunk)
     ranges = BUFFERS * min(RANGE_BYTES, arch.n_neurons * g.stride)
@@ -63,4 +63,4 @@ def to_come(arch: Architecture, g: BundleGeometry, context: int, chunk: int) -> 
     hidden = 10 * chunk * min(arch.n_neurons, max(64, RANGE_BYTES // g.stride))  # two floats and a place
     logits = 3 * arch.vocab_size * 8  # float64 while sampling
     tables = arch.n_layers * arch.n_neurons * _KEY_TABLES
-    return kv_bytes(arch, context) + ranges + states + heads + hidden + logits + tables + _SLACK
+    return kv_bytes(arch, context, kv) + ranges + states + heads + hidden + logits + tables + _SLACK

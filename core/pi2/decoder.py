@@ -17,7 +17,7 @@ from pi2.api import Backend, Predictor
 from pi2.attention import AttentionSpec, attend
 from pi2.ffns import Ffns, ResidentFfns
 from pi2.inventory import dense_matrices, dense_vectors
-from pi2.kv_cache import KvCache
+from pi2.kv_cache import KvCache, KvDType
 from pi2.norm import Norm
 from pi2.powers import SupportsAttention
 from pi2.rope import RopeTable
@@ -83,7 +83,7 @@ class Decoder:
 
     def new_cache(self, limit: int | None = None) -> KvCache:
         """An empty KV cache for ``limit`` tokens (None: the model's maximum), as the backend wants it."""
-        return KvCache(self.arch, limit, self._backend.kv_dtype if self._fused else np.float32)
+        return KvCache(self.arch, limit, kv_dtype(self._backend))
 
     def forward(self, ids: TokenIds, cache: KvCache, *, all_logits: bool = False) -> F32:
         """Append ``ids`` (n,) to ``cache``; logits of the last token (vocab,), or of all (n, vocab)."""
@@ -226,6 +226,11 @@ class Decoder:
             cap = np.float32(self.arch.logit_softcap)
             logits = np.tanh(logits / cap) * cap
         return logits
+
+
+def kv_dtype(backend: Backend) -> KvDType:
+    """Of the KV cache: what the backend's own attention wants, or float32 for NumPy's."""
+    return backend.kv_dtype if isinstance(backend, SupportsAttention) else np.float32
 
 
 def _gather(table: Tensor, ids: NDArray[Any]) -> F32:

@@ -185,11 +185,8 @@ class Engine:
 
     def session(self) -> Session:
         """A conversation that keeps its KV cache from call to call."""
-        if self.offloaded is None:
-            return Session(self.decoder, self.tokenizer, self.context)
-        session = Session(self.decoder, self.tokenizer, self.context, group=GROUP)
-        session.cache.reserve(session.cache.limit)  # what grows would for a moment be there twice
-        return session
+        group = 1 if self.offloaded is None else GROUP
+        return Session(self.decoder, self.tokenizer, self.context, group)
 
     def logits(self, ids: Sequence[int]) -> F32:
         """Logits after every token of ``ids``, (n, vocab), for evaluation."""

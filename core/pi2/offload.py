@@ -105,6 +105,7 @@ class OffloadedFfns:
         self.cache, self.options = cache, options
         self.count = OffloadCount()
         self.regions: Regions | None = None
+        self._thrashes = False
         self.notes: list[str] = []
         """What the user should know: slower than could be, smaller than wise."""
         self._predictor, self._backend = predictor, backend
@@ -241,7 +242,8 @@ class OffloadedFfns:
             self.trace.add(self.pipeline.spans())
             if self.trace.failure:
                 self._note(self.trace.failure)
-        if taken.wanted > self.cache.capacity:
+        if taken.wanted > self.cache.capacity and not self._thrashes:
+            self._thrashes = True
             self._note(
                 f"the cache holds {self.cache.capacity} neurons, a token wants {taken.wanted}:"
                 " most of them are read again for every token"

@@ -10,6 +10,7 @@ import numpy as np
 from pi2.api import Backend, CachePolicy, Keys, Predictor, StorageTier
 from pi2.budget import Regions, slots_within, to_come, too_small
 from pi2.container.layout import DENSE, NEURONS
+from pi2.decoder import kv_dtype
 from pi2.errors import BudgetError
 from pi2.memory import aligned_bytes, give_back_unused, rss_bytes, rss_peak_bytes
 from pi2.neuron_cache import NeuronCache, hottest
@@ -45,7 +46,7 @@ def attach(model: PiModel, backend: Backend, predictor: Predictor, offload: Offl
     own = predictor.offloaded_bytes(model) if isinstance(predictor, SupportsOffload) else 0
     if memory is not None:
         fixed = rss_bytes() + model.manifest.files[DENSE].nbytes + own
-        fixed += to_come(arch, g, offload.context, offload.chunk)
+        fixed += to_come(arch, g, offload.context, offload.chunk, kv_dtype(backend))
         minimum = max(fixed + arch.n_neurons * g.stride, rss_peak_bytes())
         if memory < minimum:
             hint = None
@@ -69,7 +70,7 @@ def open_ffns(
     """
     arch, g, options = model.architecture, model.geometry, offload.options
     give_back_unused()
-    fixed = rss_bytes() + to_come(arch, g, offload.context, offload.chunk)
+    fixed = rss_bytes() + to_come(arch, g, offload.context, offload.chunk, kv_dtype(backend))
     slots = min(options.slots or 1 << 62, arch.n_layers * arch.n_neurons)
     if slots < arch.n_neurons:
         raise BudgetError(f"{slots} slots cannot hold an FFN", hint=f"{arch.n_neurons} at least")
