@@ -1,12 +1,16 @@
 """Fixtures that several test files share."""
 
 import functools
+import signal
 import subprocess
 import sys
 import textwrap
 import zipfile
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in a shell's background: children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from gguf_files import (
     vocabulary,
     write,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from parity.llama_cpp import LlamaCpp
 from pi2.errors import FormatError, UnsupportedModel
@@ -196,10 +196,14 @@ def test_real_vocabularies_give_the_tokens_of_llama_cpp_and_of_transformers(gguf
     own, peer = both(path)
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name) if has_peer else None
     texts = [*TEXTS, "<|im_start|>user\nHi<|im_end|>\n", *CORPUS]
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+    bytewise = own.token_to_id("Ġ") is not None
 
     @settings(deadline=None, max_examples=300)
     @given(text=st.text(ALPHABET, max_size=60) | st.sampled_from(texts))
     def agree(text):
+        # a byte that the vocabulary lacks is left out; the peers differ in whether its neighbours then merge
+        assume(not bytewise or all(own.token_to_id(c) is not None for piece, _ in split(text) for c in piece))
         ids = own.encode(text).ids
         assert ids == peer(text)
         # transformers builds this tokenizer without SmolLM's rule that every numeral stands alone

@@ -72,7 +72,7 @@ class SlabTests(PluginTests):
     def slabs(cls, backend: Backend) -> Backend:
         """The opened backend, if it has the power."""
         if not isinstance(backend, SupportsSlab):
-            pytest.skip(f"{backend.name} does not compute out of slabs")
+            pytest.skip(f"{backend.name} has no slabs (an optional power, pi2.powers.SupportsSlab)")
         return backend
 
     @examples(100)

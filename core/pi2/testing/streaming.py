@@ -135,7 +135,7 @@ class StreamingTests(PluginTests):
     def streaming(cls, backend: Backend) -> Any:
         """The opened backend, if it has the power."""
         if not isinstance(backend, SupportsStreaming):
-            pytest.skip(f"{backend.name} does not stream")
+            pytest.skip(f"{backend.name} does not stream (an optional power, pi2.powers.SupportsStreaming)")
         return backend
 
     @examples(150)
