@@ -145,6 +145,18 @@ Value hidden(const pi2_ffn& f, const uint8_t* bundle, const float* x, const Cont
   return {a.value * u.value, std::fabs(a.value) * u.bound + std::fabs(u.value) * a.bound + a.bound * u.bound};
 }
 
+// The most that a weight of this block of a row can be.
+double largest_weight(int32_t dtype, const uint8_t* row, int64_t cols, int64_t column) {
+  const int64_t quants = dtype == PI2_Q8_0 ? cols : cols / 2;
+  return (dtype == PI2_Q8_0 ? 127 : 8) * std::fabs(from_half(row + quants + column / 32 * 2));
+}
+
+// Down in 16 bits (src/down.cpp, Packed): every term is off by half a step of the largest one's 32767.
+bool in_sixteen_bits(const pi2_ffn& f, int64_t n, const Context& c) {
+  const bool zeros = f.activation == PI2_RELU || f.activation == PI2_RELU2;
+  return n > 1 && !zeros && c.integer && (f.down == PI2_Q8_0 || f.down == PI2_Q4_0);
+}
+
 void ffn_case(Random& r, const Context& c) {
   pi2_ffn f = some_ffn(r);
   const int64_t n = r.one_in(30) ? 261 : r.pick<int64_t>({0, 1, 1, 1, 2, 5}), d = f.d_model;
@@ -167,16 +179,27 @@ void ffn_case(Random& r, const Context& c) {
   for (int64_t t = 0; t < n; ++t) {
     if (t == bad) continue;
     std::vector<Value> y(static_cast<size_t>(d), Value{0, 1e-36});
+    std::vector<double> widest(static_cast<size_t>(d), 0.0);
+    double highest = 0;
     for (int64_t i = 0; i < rows.count; ++i) {
       const uint8_t* b = bundles.data + rows.at(i) * f.stride;
       const Value h = hidden(f, b, x.data + t * d, c);
+      highest = std::max(highest, std::fabs(h.value) + h.bound);
       for (int64_t k = 0; k < d; ++k) {
+        if (in_sixteen_bits(f, n, c)) {
+          double& most = widest[static_cast<size_t>(k)];
+          most = std::max(most, largest_weight(f.down, b + f.down_offset, d, k));
+        }
         const double w = weight(f.down, b + f.down_offset, d, k);
         y[static_cast<size_t>(k)].value += h.value * w;
         y[static_cast<size_t>(k)].bound += (h.bound + kExact * (std::fabs(h.value) + h.bound)) * std::fabs(w);
       }
     }
-    for (int64_t k = 0; k < d; ++k) check(c, "ffn", out.data[t * d + k], y[static_cast<size_t>(k)]);
+    for (int64_t k = 0; k < d; ++k) {
+      Value& want = y[static_cast<size_t>(k)];
+      want.bound += static_cast<double>(rows.count) * highest * widest[static_cast<size_t>(k)] / 65534;
+      check(c, "ffn", out.data[t * d + k], want);
+    }
   }
 }
 
