@@ -82,28 +82,35 @@ void Pool::run(Task task, void* context, int64_t chunks) {
 }
 
 void Pool::share(Task task, void* context, int64_t chunks) {
-  task_ = task;
-  context_ = context;
-  chunks_ = chunks;
-  next_.store(0, std::memory_order_relaxed);
-  busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-  job_.fetch_add(1);  // sequentially consistent, as is the load of sleepers_: no wake-up is lost
+  const uint32_t job = job_.load(std::memory_order_relaxed) + 1;
+  task_.store(task, std::memory_order_relaxed);
+  context_.store(context, std::memory_order_relaxed);
+  chunks_.store(chunks, std::memory_order_relaxed);
+  done_.store(0, std::memory_order_relaxed);
+  next_.store(static_cast<uint64_t>(job) << 32, std::memory_order_release);
+  job_.store(job);  // sequentially consistent, as is the load of sleepers_: no wake-up is lost
   if (sleepers_.load() > 0) {
     std::lock_guard<std::mutex> lock(mutex_);
     wake_.notify_all();
   }
-  work(0);
-  for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
+  work(job, 0);
+  // For chunks, not for workers: one that a busy machine has not let run yet holds nobody up.
+  for (int spins = 0; done_.load(std::memory_order_acquire) != chunks; ++spins) {
     if (spins < kSpinsBeforeYield) pause();
     else std::this_thread::yield();
   }
 }
 
-void Pool::work(int thread) {
+void Pool::work(uint32_t job, int thread) {
   for (;;) {
-    const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
-    if (i >= chunks_) return;
-    task_(context_, thread, i);
+    uint64_t next = next_.load(std::memory_order_acquire);
+    do {
+      const auto chunk = static_cast<int64_t>(next & 0xffffffffU);
+      if (next >> 32 != job || chunk >= chunks_.load(std::memory_order_relaxed)) return;
+    } while (!next_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel));
+    task_.load(std::memory_order_relaxed)(context_.load(std::memory_order_relaxed), thread,
+                                          static_cast<int64_t>(next & 0xffffffffU));
+    done_.fetch_add(1, std::memory_order_release);
   }
 }
 
@@ -123,8 +130,7 @@ void Pool::loop(int thread, int cpu) {
     }
     seen = job_.load(std::memory_order_acquire);
     if (stop_.load()) return;
-    work(thread);
-    busy_.fetch_sub(1, std::memory_order_release);
+    work(seen, thread);
   }
 }
 

@@ -37,17 +37,17 @@ class Pool {
   }
 
  private:
-  void work(int thread);
+  void work(uint32_t job, int thread);
   void share(Task task, void* context, int64_t chunks);
   void loop(int thread, int cpu);
 
   int caller_ = -1;  // the core of the calling thread
-  Task task_ = nullptr;
-  void* context_ = nullptr;
-  int64_t chunks_ = 0;
-  std::atomic<int64_t> next_{0};
-  std::atomic<int> busy_{0};      // workers that have not finished the present job
-  std::atomic<uint32_t> job_{0};  // counts the jobs; a change wakes the workers
+  // Of the present job.  Whoever has claimed a chunk of it may read them: it is not over before that is done.
+  std::atomic<Task> task_{nullptr};
+  std::atomic<void*> context_{nullptr};
+  std::atomic<int64_t> chunks_{0}, done_{0};
+  std::atomic<uint64_t> next_{0};  // job << 32 | next chunk: a worker that comes too late claims nothing
+  std::atomic<uint32_t> job_{0};   // counts the jobs; a change wakes the workers
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   std::mutex mutex_;
