@@ -122,7 +122,7 @@ def test_fewer_slots_than_an_ffn_has_neurons_are_refused():
 @pytest.mark.parametrize(
     ("setup", "says"),
     [
-        ({"hot": 1.5}, "hot region cannot have 1.5"),
+        ({"hot": 1.5}, "1.5 of an FFN cannot be hot"),
         ({"cluster": 0}, "a cluster of 0 neurons"),
         ({"prefetch": "maybe"}, "prefetch is auto, on or off, not 'maybe'"),
         ({"pipeline": "c"}, "pipeline is auto, native or python, not 'c'"),
