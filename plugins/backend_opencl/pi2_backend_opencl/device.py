@@ -56,7 +56,7 @@ def find_devices() -> list[Found]:
 
 
 def _fault(device: Any, caps: Caps) -> str | None:
-    """What the compiler says to an empty kernel.  Asked of CPUs only: theirs may be newer than the compiler."""
+    """What the compiler says to an empty kernel.  Asked of CPUs only: they may be newer than it is."""
     if not caps.cpu:
         return None
     with warnings.catch_warnings():
