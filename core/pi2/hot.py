@@ -31,8 +31,15 @@ def activations(model: PiModel, notes: list[str]) -> NDArray[np.int64] | None:
     return counts.counts[:, 0]
 
 
-def hot_neurons(model: PiModel, n: int, notes: list[str]) -> Keys:
-    """The ``n`` neurons most often active, of all FFNs; none without statistics."""
+def hot_neurons(model: PiModel, n: int, notes: list[str], even: bool = False) -> Keys:
+    """The ``n`` neurons most often active, of all FFNs; none without statistics.
+
+    ``even``: every so many-th neuron instead.
+    """
+    if n > 0 and even:
+        return (
+            np.arange(n, dtype=np.int64) * (model.architecture.n_layers * model.architecture.n_neurons) // n
+        )
     counts = activations(model, notes) if n > 0 else None
     return np.empty(0, np.int64) if counts is None else hottest(counts, n)
 

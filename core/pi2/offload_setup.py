@@ -86,7 +86,7 @@ def open_ffns(
     notes: list[str] = []
     room = slots - arch.n_neurons
     hot_slots = room // 2 if options.hot is None else int(options.hot * arch.n_layers * arch.n_neurons)
-    hot = hot_neurons(model, min(room, hot_slots), notes)
+    hot = hot_neurons(model, min(room, hot_slots), notes, options.keep == "even")
     cache = NeuronCache(arch.n_layers, arch.n_neurons, g.stride, slots, offload.policy)
     ffns = OffloadedFfns(model, backend, tier, predictor, cache, options, offload.dense)
     cold = (slots - len(hot)) * g.stride
