@@ -47,6 +47,12 @@ class OffloadOptions:
     """"on": read gates first, and the rest only where they are not zero; "auto": if that is faster here."""
     cluster: int = 64
     """Neurons that are read and computed as one unit."""
+    overlap: bool = True
+    """Off: nothing is computed while something is being read."""
+    bundled: bool = True
+    """Off: every row of a neuron is a read of its own, one matrix after the other."""
+    keep: str = "frequent"
+    """What is hot: "frequent", as the statistics say; "even": every so many-th neuron, whatever it does."""
     prefetch: str = "auto"
     """"on": guess the next layer's neurons while this one is computed; "auto": as long as it pays."""
     trace: Path | None = None
@@ -55,10 +61,12 @@ class OffloadOptions:
     def __post_init__(self) -> None:
         switch = ("auto", "on", "off")
         choices = {"pipeline": ("auto", "native", "python"), "prefetch": switch, "two_phase": switch}
-        for name, known in choices.items():
+        for name, known in (choices | {"keep": ("frequent", "even")}).items():
             if (value := getattr(self, name)) not in known:
-                says = f"{name} is {known[0]}, {known[1]} or {known[2]}, not {value!r}"
+                says = f"{name} is {', '.join(known[:-1])} or {known[-1]}, not {value!r}"
                 raise OptionError(says, hint=f"{name}={known[0]} is the default")
+        if not self.bundled and self.two_phase == "on":
+            raise OptionError("rows that are read one by one have no two phases", hint="leave two_phase out")
         if not 0 <= self.hot <= 1:
             raise OptionError(f"the hot region cannot have {self.hot:g} of the cache", hint="0 to 1")
         if not 1 <= self.cluster <= 1 << 16:
@@ -125,7 +133,7 @@ class OffloadedFfns:
 
     def _two_phases(self, tier: StorageTier, wish: str) -> bool:
         head = head_bytes(self._spec)
-        if head is None or wish == "off":
+        if head is None or wish == "off" or not self.options.bundled:
             return False
         if wish == "on":
             return True
@@ -142,14 +150,14 @@ class OffloadedFfns:
         if not native or options.pipeline == "python":
             return PythonPipeline(
                 backend, tier, cache.slab, cache.states, cache.neurons, self._spec,
-                two_phase=self.two_phase, trace=options.trace is not None,
+                two_phase=self.two_phase, trace=options.trace is not None, bundled=options.bundled,
             )  # fmt: skip
         assert isinstance(backend, SupportsStreaming)
         assert isinstance(tier, SupportsStorageAbi)
         return NativePipeline(
             backend, backend.place_slab(cache.slab, cache.neurons, self._spec), cache.states,
             tier.abi_address(), two_phase=self.two_phase, cluster=options.cluster,
-            trace=options.trace is not None,
+            trace=options.trace is not None, overlap=options.overlap, bundled=options.bundled,
         )  # fmt: skip
 
     def sparse(self, ffn: int, x: F32, rows: Ids | None, out: F32) -> int:

@@ -77,7 +77,8 @@ def open_ffns(
     if options.memory is not None:
         slots = slots_within(options.memory, arch, g, fixed)
     notes: list[str] = []
-    hot = hot_neurons(model, int(options.hot * (slots - arch.n_neurons)), notes)
+    n_hot = int(options.hot * (slots - arch.n_neurons))
+    hot = hot_neurons(model, n_hot, notes, options.keep == "even")
     cache = NeuronCache(arch.n_layers, arch.n_neurons, g.stride, slots, offload.policy)
     ffns = OffloadedFfns(model, backend, tier, predictor, cache, options)
     cold = (slots - len(hot)) * g.stride
@@ -94,15 +95,20 @@ def open_ffns(
     return ffns
 
 
-def hot_neurons(model: PiModel, n: int, notes: list[str]) -> Keys:
-    """The ``n`` neurons that the model's statistics found most often active; none without statistics."""
+def hot_neurons(model: PiModel, n: int, notes: list[str], even: bool = False) -> Keys:
+    """The ``n`` neurons that the model's statistics found most often active; none without statistics.
+
+    ``even``: every so many-th neuron instead.
+    """
+    arch = model.architecture
+    if n > 0 and even:
+        return np.arange(n, dtype=np.int64) * (arch.n_layers * arch.n_neurons) // n
     path = model.path / STATISTICS
     if n <= 0 or not path.exists():
         return np.empty(0, np.int64)
     counts = Statistics.load(path).counts
     if counts is None:
         return np.empty(0, np.int64)
-    arch = model.architecture
     of_this = counts.model == model.manifest.files[NEURONS].sha256
     if not of_this or counts.counts.shape[::2] != (arch.n_layers, arch.n_neurons):
         notes.append(f"{STATISTICS} is of another model: no neurons are kept as hot")
