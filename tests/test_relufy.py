@@ -196,9 +196,10 @@ def test_a_twin_that_was_made_before_is_trained_further(tmp_path, texts):
     assert report.stages["twin"]["zeros"] > report.stages["started"]["zeros"] + 0.02
     notes = written(tmp_path / "b").notes
     assert [note.split(":")[0] for note in notes] == 2 * [
-        "relufied from silu", f"perplexity on {first.held_out_tokens} held-out tokens of plain.txt, chat.jsonl",
+        "relufied from silu",
+        f"perplexity on {first.held_out_tokens} held-out tokens of plain.txt, chat.jsonl",
         "exact zeros there",
-    ]  # fmt: skip
+    ]
 
 
 def test_what_was_not_trained_is_the_original_s(tmp_path, texts):
