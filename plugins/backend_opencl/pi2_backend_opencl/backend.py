@@ -36,6 +36,8 @@ class OpenclBackend(Backend):
         if not devices:
             return Probe(0, "no OpenCL driver answers, or none has a device")
         best = devices[0]
+        if best.fault is not None:
+            return Probe(0, f"the driver of {best.name} compiles nothing: {best.fault}")
         return Probe(_ON_CPU if best.caps.cpu else _ACCELERATOR, best.name)
 
     def __init__(
@@ -47,9 +49,10 @@ class OpenclBackend(Backend):
     ) -> None:
         if activations not in ("int8", "f32"):
             raise OptionError(f"activations are int8 or f32, not {activations!r}")
+        wanted = load_profile(profile) if profile else None
         found = choose_device(device)
         folder = Path.home() / _CACHE if cache is None else Path(cache) if cache else None
-        variant = resolve(found.caps, load_profile(profile) if profile else None)
+        variant = resolve(found.caps, wanted)
         self._integers = activations == "int8"
         if self._integers:
             self.tolerance = _ROUNDED  # type: ignore[misc]  # of this one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class Found:
 
     device: Any
     caps: Caps
+    fault: str | None = None
+    """Why its driver compiles nothing, if so."""
 
     @property
     def name(self) -> str:
@@ -35,7 +38,10 @@ class Found:
 
 
 def find_devices() -> list[Found]:
-    """All devices of all drivers, accelerators first.  Empty if there is no driver."""
+    """All devices of all drivers, accelerators first, and what compiles before what does not.
+
+    Empty if there is no driver.
+    """
     try:
         platforms = cl.get_platforms()
     except cl.Error:
@@ -43,10 +49,25 @@ def find_devices() -> list[Found]:
     found = []
     for platform in platforms:
         try:
-            found += [Found(d, from_device(d)) for d in platform.get_devices()]
+            found += [Found(d, caps := from_device(d), _fault(d, caps)) for d in platform.get_devices()]
         except cl.Error:  # a driver without a device
             continue
-    return sorted(found, key=lambda f: f.caps.cpu)
+    return sorted(found, key=lambda f: (f.fault is not None, f.caps.cpu))
+
+
+def _fault(device: Any, caps: Caps) -> str | None:
+    """What the compiler says to an empty kernel.  Asked of CPUs only: they may be newer than it is."""
+    if not caps.cpu:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pyopencl's, of caches that are not wanted here
+        program = cl.Program(cl.Context([device]), "kernel void nothing() {}")
+        try:
+            program.compile()
+        except cl.Error as e:
+            log = str(program.get_build_info(device, cl.program_build_info.LOG)).strip()
+            return (log or str(e)).splitlines()[0]
+    return None
 
 
 def choose_device(name: str | None) -> Found:
@@ -59,6 +80,11 @@ def choose_device(name: str | None) -> Found:
         )
     for found in devices:
         if name is None or name.lower() in found.name.lower():
+            if found.fault is not None:
+                raise PluginError(
+                    f"the OpenCL driver of {found.name} compiles nothing: {found.fault}",
+                    hint="install a newer driver; pi2 plugins lists what can run",
+                )
             return found
     raise OptionError(
         f"no OpenCL device is called {name!r}", hint=f"there are: {', '.join(f.name for f in devices)}"

@@ -2,6 +2,7 @@
 
 import tempfile
 
+import pytest
 from pi2.testing import BackendTests
 from pi2_backend_opencl.backend import OpenclBackend
 
@@ -13,6 +14,9 @@ VARIANTS = {
     "adreno830_f32": {"profile": "adreno830"},
     "minimal_f32": {"profile": "minimal"},
 }
+
+
+pytestmark = pytest.mark.skipif(not OpenclBackend.probe(), reason=OpenclBackend.probe().reason)
 
 
 class EveryWay(BackendTests):
