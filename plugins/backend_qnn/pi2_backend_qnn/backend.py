@@ -9,17 +9,19 @@ from pi2.api import Backend, FfnSpec, Probe
 from pi2.errors import OptionError
 from pi2.tensor import BLOCK, F32, U8, Ids, Tensor
 
-from pi2_backend_qnn import host, targets
+from pi2_backend_qnn import host, probe, targets
 from pi2_backend_qnn.client import Client
 from pi2_backend_qnn.contexts import FORMAT, Contexts
 from pi2_backend_qnn.errors import NoDevice
+from pi2_backend_qnn.ffn import begin
 from pi2_backend_qnn.placed import Ffn, Matrix, rows_for
-from pi2_backend_qnn.probe import describe_npu, find_npu, probe
-from pi2_backend_qnn.programs import Programs, Run
+from pi2_backend_qnn.programs import Programs
 from pi2_backend_qnn.scaling import input_exponents, scaled
+from pi2_backend_qnn.tokens import finite_rows, pad, pieces
 
 _EMULATED_SOC = "SM8650"
-DEVICE, EMULATOR = "htp-device", "htp-emulator-x86"
+EMULATOR = "htp-emulator-x86"
+"""What the worker calls the emulator; a device is "htp-device"."""
 
 
 class QnnBackend(Backend):
@@ -37,7 +39,7 @@ class QnnBackend(Backend):
 
     @classmethod
     def probe(cls) -> Probe:
-        return probe()
+        return probe.probe()
 
     def __init__(
         self,
@@ -70,15 +72,15 @@ class QnnBackend(Backend):
             self.kind = self._client.about["kind"]
             if self.kind == EMULATOR and emulator == "off":
                 raise NoDevice("the QNN provider finds no NPU", hint="--backend qnn:emulator=on emulates one")
-            self._about = self._describe_contexts(options)
-            self._contexts = None if contexts is None else Contexts.open(contexts, self._about)
+            self.about = self._about(options)
+            self._contexts = None if contexts is None else Contexts.open(contexts, self.about)
             self._programs = Programs(self._client, self._contexts)
         except BaseException:
             self._client.close()
             raise
 
-    def _describe_contexts(self, options: dict[str, str]) -> dict[str, Any]:
-        """What compiled contexts depend on, beside weights; some options can change afterwards."""
+    def _about(self, options: dict[str, str]) -> dict[str, Any]:
+        """What compiled contexts depend on, beside weights; the other options can change afterwards."""
         fixed = {name: value for name, value in options.items() if name in ("soc_model", "vtcm_mb")}
         return {
             "format": FORMAT,
@@ -90,11 +92,11 @@ class QnnBackend(Backend):
 
     def describe(self) -> str:
         what = "EMULATED by x86 code, no measure of speed" if self.kind == EMULATOR else "NPU"
-        versions = self._client.about["versions"]
+        versions = self.about["versions"]
         compiled = "compiled ahead" if self._contexts else "compiled when needed"
         return (
-            f"Hexagon {self._soc.arch} of {self._soc.name}, {what}, ONNX Runtime {versions['onnxruntime']} with"
-            f" QNN {versions['onnxruntime-qnn']}, fp16, graphs {compiled}, single rows of matrices by NumPy"
+            f"Hexagon {self._soc.arch} of {self._soc.name}, {what}, fp16, graphs {compiled}, single rows of"
+            f" matrices by NumPy; QNN {versions['onnxruntime-qnn']}, ONNX Runtime {versions['onnxruntime']}"
         )
 
     def close(self) -> None:
@@ -109,56 +111,29 @@ class QnnBackend(Backend):
             return
         if out.size == 0:
             return
-        finite = np.isfinite(x).all(axis=1)
-        for first, many in _pieces(len(x)):
-            part = slice(first, first + many)
-            fed = _finite(x[part], finite[part])
-            e = input_exponents(fed)
-            shape = rows_for(many)
-            y = _padded_run(
-                self._programs, weight, (shape, 1), {"x": scaled(fed, -e)}, [(1, shape, weight.weight.rows)]
-            ).finish()[1][0]
-            out[part] = scaled(y[0, :many], e + weight.exponent)
-        if not finite.all():
-            out[~finite] = host.linear(weight, x[~finite], None)
+        x, bad = finite_rows(x)
+        for part in pieces(len(x)):
+            e, many = input_exponents(x[part]), rows_for(len(x[part]))
+            fed = {"x": pad(scaled(x[part], -e), many)}
+            run = self._programs.begin(weight, (many, 1), fed, [(1, many, weight.weight.rows)])
+            _, (y,) = run.finish()
+            out[part] = scaled(y[0, : len(e)], e + weight.exponent)
+        if bad is not None:
+            out[bad.rows] = host.linear(weight, bad.x, None)
 
     def place_ffn(self, bundles: U8, spec: FfnSpec) -> Ffn:
         return Ffn(bundles=bundles, spec=spec, cluster=self._cluster)
 
     def ffn(self, ffn: Ffn, x: F32, out: F32, rows: Ids | None = None) -> int:
+        """All neurons are computed; those that are not among ``rows`` are multiplied by 0."""
         mask = np.ones(ffn.neurons, np.float32)
         if rows is not None:
             mask[:] = 0
             mask[rows] = 1
-        return self._ffn(ffn, x, out, mask)
-
-    def _ffn(self, ffn: Ffn, x: F32, out: F32, mask: F32) -> int:
-        """The neurons with a mask (k,) of 1; those with 0 are computed as well, and count for nothing."""
         if out.size == 0 or not mask.any():
             out[:] = 0
             return 0
-        finite, active = np.isfinite(x).all(axis=1), 0
-        for first, many in _pieces(len(x)):
-            part = slice(first, first + many)
-            e, fed = ffn.scaling.inputs(_finite(x[part], finite[part]), ffn.spec)
-            run = self._begin(ffn, rows_for(many), ffn.clusters, fed, mask)
-            _, (y, on) = run.finish()
-            out[part] = ffn.scaling.outputs(y[0, :many], e)
-            active += int(on[0, :many][finite[part]].sum(dtype=np.float64))
-        if not finite.all():
-            out[~finite], more = host.ffn(ffn, x[~finite], np.flatnonzero(mask).astype(np.int32))
-            active += more
-        return active
-
-    def _begin(self, ffn: Ffn, rows: int, clusters: int, fed: dict[str, F32], mask: F32) -> Run:
-        masks, first = {}, 0
-        for number, size in enumerate(ffn.sizes(clusters)):
-            padded = np.zeros((1, 1, -(-size // BLOCK) * BLOCK), np.float32)
-            padded[0, 0, :size] = mask[first : first + size]
-            masks[f"mask{number}"] = padded
-            first += size
-        outputs = [(1, rows, ffn.spec.geometry.d_model), (1, rows, clusters)]
-        return _padded_run(self._programs, ffn, (rows, clusters), fed, outputs, masks)
+        return begin(self._programs, ffn, x, mask, ffn.clusters).finish(out).active
 
     def release(self, handle: Any) -> None:
         self._programs.release(handle)
@@ -167,34 +142,11 @@ class QnnBackend(Backend):
 def _choose_soc(emulated: bool, name: str | None) -> targets.Soc:
     if emulated:
         return targets.soc_named(name or _EMULATED_SOC)
-    npu = find_npu()
+    npu = probe.find_npu()
     if npu is None or not npu.usable:
-        raise NoDevice(describe_npu(npu), hint="--backend qnn:emulator=on emulates one, for tests")
+        raise NoDevice(probe.describe_npu(npu), hint="--backend qnn:emulator=on emulates one, for tests")
     if (name := name or npu.soc) is None:
         raise OptionError(
             "the kernel does not say which SoC this is", hint="say it: --backend qnn:soc=SM8650, for one"
         )
     return targets.soc_named(name)
-
-
-def _pieces(tokens: int) -> list[tuple[int, int]]:
-    """(first, how many) of the tokens that go through a graph together."""
-    most = rows_for(tokens)
-    return [(first, min(most, tokens - first)) for first in range(0, tokens, most)]
-
-
-def _finite(x: F32, finite: Any) -> F32:
-    """``x`` with rows of zeros in place of those that are not finite."""
-    return x if finite.all() else np.where(finite[:, None], x, np.float32(0))
-
-
-def _padded_run(
-    programs: Programs, placed: Matrix | Ffn, shape: tuple[int, int], tokens: dict[str, F32],
-    outputs: list[tuple[int, ...]], others: dict[str, F32] | None = None,
-) -> Run:  # fmt: skip
-    """Run a graph on ``tokens`` (n, cols) each, padded with zeros to its rows."""
-    fed = dict(others or {})
-    for name, values in tokens.items():
-        fed[name] = np.zeros((1, shape[0], values.shape[1]), np.float32)
-        fed[name][0, : len(values)] = values
-    return programs.begin(placed, shape, fed, outputs)

@@ -80,7 +80,7 @@ def reason(error: str, said: str) -> QnnError:
     if "QNN_DEVICE_ERROR_INVALID_CONFIG" in both or "14001" in both:
         return WrongSoc(
             f"QNN does not know this SoC, or may not talk to it: {line}",
-            hint="see the table of SoCs in the plugin's README; on a device, ADSP_LIBRARY_PATH and /dev/fastrpc*",
+            hint="see the plugin's README; on a device look at ADSP_LIBRARY_PATH and /dev/fastrpc*",
         )
     if "CREATE_FROM_BINARY" in both or "context binary info" in both:
         return ContextDamaged(

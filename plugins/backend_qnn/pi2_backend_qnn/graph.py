@@ -170,7 +170,7 @@ class _Cluster:
             a = g.add("Relu", f"{at}.relu", pre)
             return a, a if self.spec.activation == "relu2" else None
         true = g.add("Mul", f"{at}.true", pre, "true")
-        ends = (g.constant("low", np.float32(-_SMOOTH_END)), g.constant("high", np.float32(_SMOOTH_END)))
+        ends = [g.constant(f"end{end}", np.array(end, np.float32)) for end in (-_SMOOTH_END, _SMOOTH_END)]
         if self.spec.activation == "silu":
             return pre, g.add("Sigmoid", f"{at}.share", true)
         v = g.add("Clip", f"{at}.v", true, *ends)

@@ -1,4 +1,4 @@
-"""What is not for the NPU: rows that static graphs do not have, and tokens that are not finite; float32, exact."""
+"""What static graphs cannot do, in exact float32: single rows, and tokens that are not finite."""
 
 from __future__ import annotations
 

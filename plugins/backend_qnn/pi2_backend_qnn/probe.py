@@ -24,7 +24,7 @@ _EMULATOR, _UNPROVEN = 1, 2  # below every backend that is taken by itself
 
 @dataclass(frozen=True, slots=True)
 class Npu:
-    """A Hexagon compute DSP: its device, whether this user may use it, and the SoC, if the kernel names it."""
+    """A Hexagon compute DSP: its device, whether this user may open it, the SoC if the kernel names it."""
 
     device: str
     usable: bool

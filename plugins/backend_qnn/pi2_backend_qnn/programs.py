@@ -66,7 +66,7 @@ class Programs:
         where_in = {name: self._client.share(values) for name, values in inputs.items()}
         where_out = [self._client.room(size) for size in outputs]
         asked = {"do": "run", "number": placed.graphs[shape], "inputs": where_in, "outputs": where_out}
-        swap = made and Swap(made.start, made.end, waited)
+        swap = None if made is None else Swap(made.start, made.end, waited)
         return Run(self._client, self._client.ask(asked, unseen=True), where_out, swap)
 
     def release(self, placed: Placed) -> None:

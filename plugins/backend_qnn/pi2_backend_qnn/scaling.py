@@ -24,7 +24,8 @@ _ONES = -14
 
 def input_exponents(x: F32) -> Exponents:
     """The least e with |x| < 2**e, for each row of finite ``x`` (n, cols); 0 for a row of zeros."""
-    return np.frexp(np.abs(x).max(axis=1, initial=0))[1].astype(np.int32)
+    e: Exponents = np.frexp(np.abs(x).max(axis=1, initial=0))[1].astype(np.int32)
+    return e
 
 
 def scaled(x: F32, e: Exponents) -> F32:

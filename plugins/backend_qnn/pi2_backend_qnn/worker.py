@@ -1,8 +1,9 @@
-"""The process that has QNN in it: ``python -m pi2_backend_qnn.worker SOCKET MEMORY``, two inherited descriptors.
+"""The process that has QNN in it: ``python -m pi2_backend_qnn.worker SOCKET MEMORY``, inherited descriptors.
 
-It can crash, prints on stdout and knows one SoC for life, so it is kept apart (``pi2_backend_qnn.client`` is the
-other side).  Requests and replies are JSON lines on the socket, each with its ticket; arrays lie in the shared
-memory.  Graphs that are asked for ahead of time are made by a second thread, while the first goes on running others.
+It can crash, prints on stdout and knows one SoC for life, so it is kept apart (``pi2_backend_qnn.client`` is
+the other side).  Requests and replies are JSON lines on the socket, each with its ticket; arrays lie in the
+shared memory.  Graphs that are asked for ahead of time are made by a second thread, while the first goes on
+running others.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Worker:
         self._compile(number, ffn_graph(rows, self._array(bundles), described, cluster, exponents), save)
 
     def load(self, number: int, path: str, files: dict[str, str]) -> None:
-        """Take over a context that was compiled before; ``files``: path -> sha256, since QNN checks nothing."""
+        """Take over a context that was compiled before.  ``files``: path -> sha256, which QNN has not."""
         for name, wanted in files.items():
             with Path(name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
