@@ -119,4 +119,5 @@ class Placed:
             "decode_s": {
                 "hot": count.hot_s, "cold": count.cold_s, "both": count.overlap_s, "wait": count.wait_s
             },
+            "graphs": {"used": count.graphs, "waited_s": count.graph_wait_s},
         }  # fmt: skip

@@ -5,6 +5,7 @@ Every power has its slow twin in the floor (``pi2.api``), and a property test th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -41,6 +42,8 @@ class Stage(IntEnum):
     """Hot clusters, on an accelerator; not of the pipeline, but beside it."""
     COLD = 5
     """All that the CPU does for an FFN meanwhile."""
+    GRAPH = 6
+    """An accelerator got the graph of another shape ready."""
 
 
 SPANS = np.dtype(
@@ -146,15 +149,28 @@ class SupportsStreaming(SupportsSlab, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class GraphSwap:
+    """A graph that was used for the first time: how long, in seconds of ``time.perf_counter``, it took to get
+    ready, and how many seconds of that a call had to wait for (§4.1.3: none).
+    """
+
+    start: float
+    end: float
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class FfnDone:
     """What ``finish_ffn`` tells: (token, neuron) pairs that were active, and when the device computed,
 
     from ``start`` to ``end``, in seconds of ``time.perf_counter``, as nearly as the backend knows.
+    ``swaps``: where graphs are static, those that this call was the first to use.
     """
 
     active: int
     start: float
     end: float
+    swaps: Sequence[GraphSwap] = ()
 
 
 @runtime_checkable

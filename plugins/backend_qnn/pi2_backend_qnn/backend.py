@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 from pi2.api import Backend, FfnSpec, Probe
 from pi2.errors import OptionError
+from pi2.powers import FfnDone
 from pi2.tensor import BLOCK, F32, U8, Ids, Tensor
 
 from pi2_backend_qnn import host, probe, targets
 from pi2_backend_qnn.client import Client
 from pi2_backend_qnn.contexts import FORMAT, Contexts
-from pi2_backend_qnn.errors import NoDevice
-from pi2_backend_qnn.ffn import begin
+from pi2_backend_qnn.errors import NoDevice, QnnError
+from pi2_backend_qnn.ffn import Call, begin
 from pi2_backend_qnn.placed import Ffn, Matrix, rows_for
 from pi2_backend_qnn.programs import Programs
 from pi2_backend_qnn.scaling import input_exponents, scaled
@@ -66,6 +67,7 @@ class QnnBackend(Backend):
         self._soc = _choose_soc(emulator == "on", soc)
         options = targets.provider_options(self._soc, performance, priority, vtcm_mb, rpc_latency_us)
         self._cluster = cluster
+        self._trouble: QnnError | None = None  # of preparing, to be raised when the graph is needed
         self._client = Client(library, options, deadline)
         try:
             self._client.start()
@@ -134,6 +136,28 @@ class QnnBackend(Backend):
             out[:] = 0
             return 0
         return begin(self._programs, ffn, x, mask, ffn.clusters).finish(out).active
+
+    def prepare_ffn(self, ffn: Ffn, tokens: int, count: int) -> None:
+        if self._trouble is None:
+            try:
+                for shape in {(rows_for(p.stop - p.start), ffn.clusters_for(count)) for p in pieces(tokens)}:
+                    self._programs.prepare(ffn, shape)
+            except QnnError as e:
+                self._trouble = e
+
+    def begin_ffn(self, ffn: Ffn, x: F32, count: int) -> Call:
+        """Raises what went wrong when the graph was prepared, too."""
+        trouble, self._trouble = self._trouble, None
+        if trouble is not None:
+            raise trouble
+        mask = (np.arange(ffn.neurons) < count).astype(np.float32)
+        return begin(self._programs, ffn, x, mask, ffn.clusters_for(count))
+
+    def finish_ffn(self, ticket: Call, out: F32) -> FfnDone:
+        return ticket.finish(out)
+
+    def cancel_ffn(self, ticket: Call) -> None:
+        ticket.cancel()
 
     def release(self, handle: Any) -> None:
         self._programs.release(handle)

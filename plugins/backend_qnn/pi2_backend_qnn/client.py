@@ -27,7 +27,7 @@ _SAID = 20_000  # bytes of the worker's stderr that are kept for an error
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a request brought: values, and when it was sent and answered, seconds of ``time.perf_counter``."""
+    """What a request brought: values, and when it was worked on, in seconds of ``time.perf_counter``."""
 
     values: Mapping[str, Any]
     start: float
@@ -47,7 +47,7 @@ class Client:
         self._map: mmap.mmap | None = None
         self._used = 0  # bytes of the shared memory that belong to requests under way
         self._process: subprocess.Popen[bytes] | None = None
-        self._asked: dict[int, float] = {}  # ticket -> when it was sent
+        self._asked: set[int] = set()
         self._answered: dict[int, Reply] = {}
         self._unwanted: set[int] = set()
         self._unseen: set[int] = set()
@@ -101,7 +101,7 @@ class Client:
         self._tickets += 1
         if unseen:
             self._unseen.add(self._tickets)
-        self._asked[self._tickets] = time.perf_counter()
+        self._asked.add(self._tickets)
         try:
             self._socket.sendall(json.dumps({**request, "ticket": self._tickets}).encode() + b"\n")
         except OSError:
@@ -163,7 +163,8 @@ class Client:
         """Take the next answer in."""
         values = json.loads(self._read_line(self._deadline))
         ticket = values.pop("ticket")
-        reply = Reply(values, self._asked.pop(ticket), time.perf_counter())
+        self._asked.remove(ticket)
+        reply = Reply(values, values.pop("start"), values.pop("end"))
         if ticket in self._unwanted:
             self._unwanted.remove(ticket)
         else:

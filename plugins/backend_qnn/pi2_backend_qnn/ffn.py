@@ -7,23 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from pi2.powers import FfnDone
 from pi2.tensor import BLOCK, F32
 
 from pi2_backend_qnn import host
 from pi2_backend_qnn.placed import Ffn, rows_for
-from pi2_backend_qnn.programs import Programs, Run, Swap
+from pi2_backend_qnn.programs import Programs, Run
 from pi2_backend_qnn.scaling import Exponents
 from pi2_backend_qnn.tokens import Bad, finite_rows, pad, pieces
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """Pairs of token and neuron that were active, when the NPU had the call, and graphs made for it."""
-
-    active: int
-    start: float
-    end: float
-    swaps: list[Swap]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +28,7 @@ class Call:
     good: NDArray[np.bool_]
     """(n,), which tokens are not bad."""
 
-    def finish(self, out: F32) -> Done:
+    def finish(self, out: F32) -> FfnDone:
         """Wait, and write ``out`` (n, d).  Raises QnnError."""
         active, start, end = 0, time.perf_counter(), 0.0
         for number, (part, e, run) in enumerate(self.runs):
@@ -49,12 +40,12 @@ class Call:
             out[part] = self.ffn.scaling.outputs(y[0, : len(e)], e)
             counts = on[0, : len(e)].sum(axis=1, dtype=np.float64)
             active += int(counts[self.good[part]].sum())
-            start, end = min(start, reply.start), reply.end
+            start, end = min(start, reply.start), max(end, reply.end)
         if self.bad is not None:
             rows = np.flatnonzero(self.mask).astype(np.int32)
             out[self.bad.rows], more = host.ffn(self.ffn, self.bad.x, rows)
             active += more
-        return Done(active, start, end, [run.swap for _, _, run in self.runs if run.swap is not None])
+        return FfnDone(active, start, end, [run.swap for _, _, run in self.runs if run.swap is not None])
 
     def cancel(self, first: int = 0) -> None:
         """Nobody wants the results of the runs from number ``first`` on."""
@@ -67,7 +58,6 @@ def begin(programs: Programs, ffn: Ffn, x: F32, mask: F32, clusters: int) -> Cal
     count and 0 for others, which are computed as well.  Raises QnnError; then nothing was started.
     """
     x, bad = finite_rows(x)
-    masks = _masks(ffn, mask, clusters)
     good = np.ones(len(x), np.bool_)
     if bad is not None:
         good[bad.rows] = False
@@ -75,10 +65,11 @@ def begin(programs: Programs, ffn: Ffn, x: F32, mask: F32, clusters: int) -> Cal
     try:
         for part in pieces(len(x)):
             e, fed = ffn.scaling.inputs(x[part], ffn.spec)
-            rows = rows_for(len(e))
-            inputs = {name: pad(values, rows) for name, values in fed.items()} | masks
-            outputs = [(1, rows, ffn.spec.geometry.d_model), (1, rows, clusters)]
-            call.runs.append((part, e, programs.begin(ffn, (rows, clusters), inputs, outputs)))
+            shape = programs.choose(ffn, (rows_for(len(e)), clusters))
+            inputs = {name: pad(values, shape[0]) for name, values in fed.items()}
+            inputs |= _masks(ffn, mask, shape[1])
+            outputs = [(1, shape[0], ffn.spec.geometry.d_model), (1, *shape)]
+            call.runs.append((part, e, programs.begin(ffn, shape, inputs, outputs)))
     except BaseException:
         call.cancel()
         raise

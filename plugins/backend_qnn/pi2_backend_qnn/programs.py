@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pi2.powers import GraphSwap
 from pi2.tensor import F32
 
 from pi2_backend_qnn.client import Client, Reply
@@ -15,15 +16,6 @@ from pi2_backend_qnn.placed import Placed, Shape
 
 if TYPE_CHECKING:
     from pi2_backend_qnn.contexts import Contexts
-
-
-@dataclass(frozen=True, slots=True)
-class Swap:
-    """The making of a graph, from ``start`` to ``end``, and how long its first run had to wait for it."""
-
-    start: float
-    end: float
-    wait_s: float
 
 
 class Programs:
@@ -52,6 +44,19 @@ class Programs:
         ticket = placed.building.get(shape)
         return ticket is None or self._client.poll(ticket)
 
+    def choose(self, placed: Placed, wanted: Shape) -> Shape:
+        """The graph to run: ``wanted``, which is asked for if it is not ready, or until then the smallest of
+        those that are and have room for as many tokens and clusters.  They give the same bits.
+        """
+        if self.is_ready(placed, wanted):
+            return wanted
+        fitting = (shape for shape in placed.graphs if all(map(operator.ge, shape, wanted)))
+        ready = [shape for shape in fitting if self.is_ready(placed, shape)]
+        if not ready:
+            return wanted
+        self.prepare(placed, wanted)
+        return min(ready, key=lambda shape: (shape[0] * shape[1], shape))
+
     def begin(
         self, placed: Placed, shape: Shape, inputs: Mapping[str, F32], outputs: Sequence[tuple[int, ...]]
     ) -> Run:
@@ -66,7 +71,7 @@ class Programs:
         where_in = {name: self._client.share(values) for name, values in inputs.items()}
         where_out = [self._client.room(size) for size in outputs]
         asked = {"do": "run", "number": placed.graphs[shape], "inputs": where_in, "outputs": where_out}
-        swap = None if made is None else Swap(made.start, made.end, waited)
+        swap = None if made is None else GraphSwap(made.start, made.end, waited)
         return Run(self._client, self._client.ask(asked, unseen=True), where_out, swap)
 
     def release(self, placed: Placed) -> None:
@@ -111,7 +116,7 @@ class Programs:
 class Run:
     """A graph that is being run."""
 
-    def __init__(self, client: Client, ticket: int, where: Sequence[Any], swap: Swap | None) -> None:
+    def __init__(self, client: Client, ticket: int, where: Sequence[Any], swap: GraphSwap | None) -> None:
         self._client, self._ticket, self._where = client, ticket, where
         self.swap = swap
         """The making of the graph, if this is its first run."""

@@ -16,6 +16,7 @@ import platform
 import queue
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +153,16 @@ class Server:
             self._answer(request)
 
     def _answer(self, request: dict[str, Any]) -> None:
-        ticket = request.pop("ticket")
+        ticket, start = request.pop("ticket"), time.perf_counter()
         try:
             reply = getattr(self._worker, request.pop("do"))(**request) or {}
         except Exception as e:  # whatever QNN and its wrapper raise is told to the other side
             reply = {"error": str(e) or type(e).__name__}
+        end = time.perf_counter()
         with self._lock:
-            self._control.sendall(json.dumps(reply | {"ticket": ticket}).encode() + b"\n")
+            self._control.sendall(
+                json.dumps(reply | {"ticket": ticket, "start": start, "end": end}).encode() + b"\n"
+            )
 
 
 def main() -> None:
