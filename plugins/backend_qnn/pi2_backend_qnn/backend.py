@@ -72,7 +72,8 @@ class QnnBackend(Backend):
         try:
             self._client.start()
             self.kind = self._client.about["kind"]
-            if self.kind == EMULATOR and emulator == "off":
+            self.emulated = self.kind == EMULATOR
+            if self.emulated and emulator == "off":
                 raise NoDevice("the QNN provider finds no NPU", hint="--backend qnn:emulator=on emulates one")
             self.about = self._about(options)
             self._contexts = None if contexts is None else Contexts.open(contexts, self.about)
@@ -93,7 +94,7 @@ class QnnBackend(Backend):
         }
 
     def describe(self) -> str:
-        what = "EMULATED by x86 code, no measure of speed" if self.kind == EMULATOR else "NPU"
+        what = "EMULATED by x86 code, no measure of speed" if self.emulated else "NPU"
         versions = self.about["versions"]
         compiled = "compiled ahead" if self._contexts else "compiled when needed"
         return (
