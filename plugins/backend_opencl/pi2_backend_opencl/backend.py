@@ -11,7 +11,7 @@ from pi2.errors import OptionError, PluginError
 from pi2.powers import FfnDone
 from pi2.tensor import F32, U8, Ids, Tensor
 
-from pi2_backend_opencl import matrix, neurons, plans, selftest
+from pi2_backend_opencl import matrix, neurons, plans, trials
 from pi2_backend_opencl.caps import load_profile, resolve
 from pi2_backend_opencl.device import choose_device, device_errors, find_devices
 
@@ -58,7 +58,7 @@ class OpenclBackend(Backend):
         self._integers = activations == "int8"
         if self._integers:
             self.tolerance = _ROUNDED  # type: ignore[misc]  # of this one
-        self._device, self._remarks = selftest.first_that_works(found, variant, folder)
+        self._device, self._remarks = trials.first_that_works(found, variant, folder)
         self._profile, self._activations = profile, activations
 
     def describe(self) -> str:
