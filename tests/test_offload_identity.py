@@ -127,7 +127,7 @@ def test_fewer_slots_than_an_ffn_has_neurons_are_refused():
 @pytest.mark.parametrize(
     ("setup", "says"),
     [
-        ({"hot": 1.5}, "hot region cannot have 1.5"),
+        ({"hot": 1.5}, "1.5 of an FFN cannot be hot"),
         ({"cluster": 0}, "a cluster of 0 neurons"),
         ({"keep": "odd"}, "keep is frequent or even, not 'odd'"),
         ({"bundled": False, "two_phase": "on"}, "have no two phases"),

@@ -79,6 +79,7 @@ class RunStats:
             "budget_bytes": None,
             "policy": None,  # no neuron cache: all weights are resident
             "offload": None,
+            "hybrid": None,
             "density": self.density,
             "hit_rate": None,
             "bytes_read": None,

@@ -85,6 +85,21 @@ def _offload_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
+def _hybrid_rows(found: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """Of a model that an accelerator shares: what ran where, and how long at the same time."""
+    if found is None:
+        return []
+    where = f"{found['hot_neurons']} of {found['neurons']} neurons on {found['accelerator']}"
+    rest = f"attention on {_place(found, 'attention')}, prefill on {_place(found, 'prefill')}"
+    seconds = found["decode_s"]
+    met = f"{seconds['hot']:.2f} s, {found['cpu']} {seconds['cold']:.2f} s, both {seconds['both']:.2f} s"
+    return [("hot", where, rest), ("halves", f"{found['accelerator']} {met}", "of the FFNs of decoding")]
+
+
+def _place(hybrid: dict[str, Any], what: str) -> str:
+    return str(hybrid[hybrid[what]])  # the names of the backends stand under the places
+
+
 def print_run(stats: RunStats, setup: dict[str, Any]) -> None:
     """The figures of a generation, on stderr."""
     from pi2.memory import rss_peak_bytes
@@ -104,6 +119,7 @@ def print_run(stats: RunStats, setup: dict[str, Any]) -> None:
         ("lossless", "yes" if setup["lossless"] else "no", exactness),
     ]
     rows += _offload_rows(stats.to_json(setup))
+    rows += _hybrid_rows(setup.get("hybrid"))
     sampling = setup["config"].get("sampling", {})
     if sampling.get("temperature"):
         rows.append(("seed", str(sampling["seed"]), "repeats this answer with --seed"))
