@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pi2.accelerator import SupportsAsyncFfn
 from pi2.api import Backend, FfnSpec, StorageTier
 from pi2.errors import OptionError
 from pi2.ffns import Ffns
@@ -15,7 +16,6 @@ from pi2.hybrid import HybridFfns, HybridOptions
 from pi2.memory import give_back_unused
 from pi2.offload_setup import read_neurons
 from pi2.plugins import Plugins, probe
-from pi2.powers import SupportsAsyncFfn
 from pi2.tensor import U8, Ids
 from pi2.trace import TraceWriter
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from pi2.accelerator import FfnDone
 from pi2.api import Backend, FfnSpec, Probe
 from pi2.errors import OptionError
-from pi2.powers import FfnDone
 from pi2.tensor import BLOCK, F32, U8, Ids, Tensor
 
 from pi2_backend_qnn import host, probe, targets

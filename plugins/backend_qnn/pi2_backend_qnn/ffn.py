@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from pi2.powers import FfnDone
+from pi2.accelerator import FfnDone
 from pi2.tensor import BLOCK, F32
 
 from pi2_backend_qnn import host

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi2.powers import GraphSwap
+from pi2.accelerator import GraphSwap
 from pi2.tensor import F32
 
 from pi2_backend_qnn.client import Client, Reply
