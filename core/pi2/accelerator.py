@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from pi2.tensor import F32
+from pi2.api import FfnSpec
+from pi2.tensor import F32, U8, Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,4 +71,39 @@ class SupportsAsyncFfn(Protocol):
 
     def cancel_ffn(self, ticket: Any) -> None:
         """Give up; raises nothing.  Afterwards nobody reads ``x``, and the ticket is spent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ToPlace:
+    """What ``place`` and ``place_ffn`` of a backend will be given when a model runs."""
+
+    matrices: Sequence[Tensor]
+    ffns: Sequence[Callable[[], U8]]
+    """Each returns bundles (neurons, stride) in the order in which they will be placed."""
+    spec: FfnSpec
+    source: Mapping[str, str]
+    """What identifies the model: names of its files and their sha256."""
+
+
+@runtime_checkable
+class SupportsCompile(Protocol):
+    """Optional power of a class of backends that does ahead of time what it would do at first use
+    (PowerInfer-2 §4.1.3, §6), also for a device that is not here.
+    """
+
+    @classmethod
+    def compile(
+        cls,
+        weights: ToPlace,
+        destination: Path,
+        options: Mapping[str, str],
+        progress: Callable[[str, int, int], None],
+    ) -> Mapping[str, Any]:
+        """Make the folder ``destination``, which ``open`` can be pointed to by an option.
+
+        ``options`` are those of ``open``.  The folder is complete or does not exist; when stopped, the same
+        call goes on.  ``progress`` hears (what, done, in all).  Returns what was made, for ``--json``; "use"
+        is how to name it with ``--backend``.  Raises Pi2Error.
+        """
         ...

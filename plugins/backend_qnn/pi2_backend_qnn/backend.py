@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pi2.accelerator import FfnDone
+from pi2.accelerator import FfnDone, ToPlace
 from pi2.api import Backend, FfnSpec, Probe
 from pi2.errors import OptionError
 from pi2.tensor import BLOCK, F32, U8, Ids, Tensor
 
 from pi2_backend_qnn import host, probe, targets
 from pi2_backend_qnn.client import Client
-from pi2_backend_qnn.contexts import FORMAT, Contexts
+from pi2_backend_qnn.contexts import FORMAT, Contexts, compile_all
 from pi2_backend_qnn.errors import NoDevice, QnnError
 from pi2_backend_qnn.ffn import Call, begin
 from pi2_backend_qnn.placed import Ffn, Matrix, rows_for
@@ -101,6 +104,27 @@ class QnnBackend(Backend):
             f"Hexagon {self._soc.arch} of {self._soc.name}, {what}, fp16, graphs {compiled}, single rows of"
             f" matrices by NumPy; QNN {versions['onnxruntime-qnn']}, ONNX Runtime {versions['onnxruntime']}"
         )
+
+    @classmethod
+    def compile(
+        cls,
+        weights: ToPlace,
+        destination: Path,
+        options: Mapping[str, str],
+        progress: Callable[[str, int, int], None],
+    ) -> dict[str, Any]:
+        """Compile contexts on x86 or on the device itself; the emulator's compiler is the device's."""
+        npu = probe.find_npu()
+        backend = cls.open({**({} if npu and npu.usable else {"emulator": "on"}), **options})
+        try:
+            placed = [backend.place(matrix) for matrix in weights.matrices]
+            ffns = (backend.place_ffn(bundles(), weights.spec) for bundles in weights.ffns)
+            about = {**backend.about, "source": dict(weights.source)}
+            total = len(placed) + len(weights.ffns)
+            found = compile_all(backend._programs, chain(placed, ffns), total, about, destination, progress)
+        finally:
+            backend.close()
+        return {**found, "use": f"qnn:contexts={destination},soc={backend._soc.name}"}
 
     def close(self) -> None:
         self._client.close()

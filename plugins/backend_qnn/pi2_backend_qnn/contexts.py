@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pi2.errors import StorageError
 
 from pi2_backend_qnn.errors import ContextDamaged, ContextMissing, WrongSoc, WrongVersion
-from pi2_backend_qnn.placed import Ffn, Placed, Shape
+from pi2_backend_qnn.placed import ROWS, Ffn, Placed, Shape
 
 if TYPE_CHECKING:
     from pi2_backend_qnn.programs import Programs
@@ -27,7 +27,6 @@ FORMAT = 1
 _AGAIN = "compile again: pi2 compile"
 _DECODE = 8  # tokens of the largest graph that is made of a part of an FFN
 
-Jobs = Iterable[tuple[Placed, list[Shape]]]
 Show = Callable[[str, int, int], None]
 
 
@@ -72,20 +71,20 @@ class Contexts:
         return {"path": str(folder / "graph.onnx"), "files": files}
 
 
-def shapes_of(placed: Placed, rows: Iterable[int]) -> list[Shape]:
+def shapes_of(placed: Placed) -> list[Shape]:
     """All graphs that running may ask for: of an FFN, prefixes for few tokens, and the whole for many."""
     if not isinstance(placed, Ffn):
-        return [(many, 1) for many in rows]
+        return [(rows, 1) for rows in ROWS]
     prefixes = placed.prefixes()
-    return [(many, c) for many in rows for c in (prefixes if many <= _DECODE else prefixes[-1:])]
+    return [(rows, c) for rows in ROWS for c in (prefixes if rows <= _DECODE else prefixes[-1:])]
 
 
 def compile_all(
-    programs: Programs, jobs: Jobs, total: int, about: Mapping[str, Any], destination: Path, show: Show
-) -> dict[str, Any]:
-    """Make ``destination``; what an earlier attempt with the same ``about`` made is kept.
-
-    Returns the manifest.  Raises StorageError, QnnError.
+    programs: Programs, weights: Iterable[Placed], total: int, about: Mapping[str, Any], destination: Path,
+    show: Show,
+) -> dict[str, Any]:  # fmt: skip
+    """Make ``destination`` of ``total`` matrices and FFNs; what an earlier attempt with the same ``about``
+    made is kept.  Returns ``about`` and how many graphs there are.  Raises StorageError, QnnError.
     """
     if destination.exists():
         raise StorageError("it exists already", path=destination, hint="remove it, or choose another name")
@@ -93,19 +92,16 @@ def compile_all(
     try:
         _begin(partial, about)
         graphs: dict[str, dict[str, Any]] = {}
-        done = 0
-        for placed, shapes in jobs:
-            for shape in shapes:
-                show(f"{shape[0]} tokens", done, total)
+        for number, placed in enumerate(weights):
+            for shape in shapes_of(placed):
+                show(f"{placed}, {shape[0]} tokens", number, total)
                 graphs.setdefault(placed.digest, {})[_key(shape)] = _one(programs, placed, shape, partial)
-                done += 1
-        show("done", done, total)
-        manifest = {**about, "graphs": graphs}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        show("", total, total)
+        (partial / MANIFEST).write_text(json.dumps({**about, "graphs": graphs}, indent=1))
         partial.rename(destination)
     except OSError as e:
         raise StorageError(e.strerror or str(e), path=partial, hint="the same command goes on") from None
-    return manifest
+    return {**about, "graphs": sum(map(len, graphs.values()))}
 
 
 def _begin(partial: Path, about: Mapping[str, Any]) -> None:

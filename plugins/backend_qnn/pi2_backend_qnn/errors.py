@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from pi2.errors import PluginError
 
+DAMAGED = "a compiled context is damaged: "
+"""How the worker begins what it says of a file that is not the manifest's."""
 INSTALL = 'python3 -m pip install "pi2-backend-qnn[qnn]"'
 
 
@@ -71,8 +73,8 @@ def reason(error: str, said: str) -> QnnError:
     """
     both = f"{error}\n{said}"
     line = _telling_line(said) or error.strip().splitlines()[0]
-    if error.startswith("the checksum of"):
-        return ContextDamaged(f"{error} is not the manifest's", hint="compile again: pi2 compile")
+    if error.startswith(DAMAGED):
+        return ContextDamaged(error, hint="compile again: pi2 compile")
     if "cannot open shared object file" in both or "Unable to load backend" in both:
         return LibraryMissing(
             f"the library of QNN could not be loaded: {line}", hint=f"reinstall it: {INSTALL}"

@@ -6,7 +6,7 @@ import operator
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pi2.accelerator import GraphSwap
 from pi2.tensor import F32
@@ -16,6 +16,10 @@ from pi2_backend_qnn.placed import Placed, Shape
 
 if TYPE_CHECKING:
     from pi2_backend_qnn.contexts import Contexts
+
+
+KEPT: Final = 3
+"""Graphs of a matrix or an FFN at once: decoding, a prompt, and its tail."""
 
 
 class Programs:
@@ -66,6 +70,7 @@ class Programs:
         self._await(placed, shape)
         waited = time.perf_counter() - begin
         made = placed.made.pop(shape, None)
+        self._drop_oldest(placed, shape)
         self._drop()
         self._client.reuse()
         where_in = {name: self._client.share(values) for name, values in inputs.items()}
@@ -95,6 +100,14 @@ class Programs:
         except BaseException:
             placed.graphs.pop(shape, None)
             raise
+
+    def _drop_oldest(self, placed: Placed, used: Shape) -> None:
+        """Every graph has a copy of the weights of its own: few are kept, those that were used last."""
+        placed.graphs[used] = placed.graphs.pop(used)
+        ready = [shape for shape in placed.graphs if shape not in placed.building]
+        for shape in ready[:-KEPT]:
+            self._dropped.append(placed.graphs.pop(shape))
+            placed.made.pop(shape, None)
 
     def _drop(self) -> None:
         if self._dropped:

@@ -29,7 +29,8 @@ from pi2.bundle import BundleGeometry
 from pi2.tensor import DType, Tensor
 from pi2.threads import lock, run_together
 
-DAMAGED = "the checksum of"
+from pi2_backend_qnn.errors import DAMAGED
+
 EP = "QNNExecutionProvider"
 _ARM = ("aarch64", "arm64")
 
@@ -80,9 +81,13 @@ class Worker:
     def load(self, number: int, path: str, files: dict[str, str]) -> None:
         """Take over a context that was compiled before.  ``files``: path -> sha256, which QNN has not."""
         for name, wanted in files.items():
-            with Path(name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
-                    raise ValueError(f"{DAMAGED} {name}")
+            try:
+                with Path(name).open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as e:
+                raise ValueError(f"{DAMAGED}{name} cannot be read, {e.strerror}") from None
+            if found != wanted:
+                raise ValueError(f"{DAMAGED}the checksum of {name} is not the manifest's")
         self._sessions[number] = self._session(path)
 
     def run(self, number: int, inputs: dict[str, Any], outputs: list[Any]) -> None:
