@@ -65,6 +65,8 @@ def test_as_the_hot_half(expected, cache, profile, hot, where):
     options = HybridOptions(hot, attention=where, prefill=where)
     with opened(f"opencl:{profile}cache={cache}", cold=EXACT, hybrid=options) as engine:
         check(engine, expected)
+        in_place = all(ffn.kept is not None for ffn in engine.hybrid._placed)
+        assert in_place == engine._parts["backend"]._device.caps.unified_memory  # the mapped file
         said = engine.setup()["hybrid"]
         assert said["decode_s"]["hot"] > 0 < said["decode_s"]["cold"]
         assert (said["hot_neurons"], said["neurons"]) == (round(hot * 24) * 64, 1536)
