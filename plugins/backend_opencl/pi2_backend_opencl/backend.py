@@ -6,11 +6,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from pi2.accelerator import FfnDone
 from pi2.api import Backend, FfnSpec, Probe
 from pi2.attention import AttentionSpec
 from pi2.errors import OptionError, PluginError
 from pi2.kv_cache import Kv, KvDType
-from pi2.powers import FfnDone
 from pi2.tensor import F32, U8, Ids, Tensor
 
 from pi2_backend_opencl import attention, matrix, neurons, plans, trials
