@@ -160,15 +160,17 @@ class QnnBackend(Backend):
         if out.size == 0 or not mask.any():
             out[:] = 0
             return 0
-        return begin(self._programs, ffn, x, mask, ffn.clusters).finish(out).active
+        return begin(self._programs, ffn, x, mask, ffn.neurons).finish(out).active
 
-    def prepare_ffn(self, ffn: Ffn, tokens: int, count: int) -> None:
-        if self._trouble is None:
-            try:
-                for shape in {(rows_for(p.stop - p.start), ffn.clusters_for(count)) for p in pieces(tokens)}:
-                    self._programs.prepare(ffn, shape)
-            except QnnError as e:
-                self._trouble = e
+    def prepare_ffn(self, ffn: Ffn, tokens: int, count: int) -> bool:
+        shapes = {ffn.shape_for(part.stop - part.start, count) for part in pieces(tokens)}
+        try:
+            for shape in shapes:
+                self._programs.prepare(ffn, shape)
+            return all(self._programs.is_ready(ffn, shape) for shape in shapes)
+        except QnnError as e:
+            self._trouble = self._trouble or e
+            return True  # to be told of it
 
     def begin_ffn(self, ffn: Ffn, x: F32, count: int) -> Call:
         """Raises what went wrong when the graph was prepared, too."""
@@ -176,7 +178,7 @@ class QnnBackend(Backend):
         if trouble is not None:
             raise trouble
         mask = (np.arange(ffn.neurons) < count).astype(np.float32)
-        return begin(self._programs, ffn, x, mask, ffn.clusters_for(count))
+        return begin(self._programs, ffn, x, mask, count)
 
     def finish_ffn(self, ticket: Call, out: F32) -> FfnDone:
         return ticket.finish(out)

@@ -50,7 +50,7 @@ def ffn(rng, neurons, dtype="q4_0", activation="relu", d=64):
 
 def call(backend, handle, x, mask, clusters):
     out = np.full_like(x, np.nan)
-    begin(backend._programs, handle, x, mask, clusters).finish(out)
+    begin(backend._programs, handle, x, mask, clusters * CLUSTER).finish(out)
     return out
 
 
