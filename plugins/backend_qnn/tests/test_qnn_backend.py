@@ -1,5 +1,6 @@
 """The conformance kit on the emulator of the NPU, and what the kit does not ask of static graphs."""
 
+import json
 import os
 
 import numpy as np
@@ -12,6 +13,7 @@ from pi2.tensor import Tensor, encode
 from pi2.testing import BackendTests
 from pi2.testing.plugin import examples
 from pi2.testing.strategies import generators
+from pi2_backend_qnn import selftest
 from pi2_backend_qnn.backend import QnnBackend
 from pi2_backend_qnn.errors import QnnError
 from pi2_backend_qnn.ffn import begin
@@ -133,3 +135,19 @@ def test_what_went_wrong_while_preparing_is_told_when_the_graph_is_needed(backen
     backend.prepare_ffn(handle, 1, CLUSTER)
     with pytest.raises(QnnError, match="refuses a graph"):
         backend.begin_ffn(handle, x, CLUSTER)
+
+
+@emulated
+def test_the_selftest_for_owners_of_a_device_passes_here_without_a_word_of_speed(capsys):
+    with pytest.raises(SystemExit) as end:
+        selftest.main(
+            ["--json", "--backend", "qnn:emulator=on,cluster=32", "--d-model", "64", "--neurons", "96"]
+        )
+    found = json.loads(capsys.readouterr().out)
+    assert (end.value.code, found["ok"], found["kind"]) == (0, True, "htp-emulator-x86")
+    assert len(found["checks"]) == 4
+    assert "seconds" not in found
+    with pytest.raises(SystemExit, match="NPU"):
+        selftest.main(["--json"])
+    with pytest.raises(SystemExit):
+        selftest.main(["--d-model", "33"])
