@@ -3,8 +3,11 @@
 import json
 
 import numpy as np
+from pi2.builtin.mmap_tier import MmapTier
+from pi2.container import open_model
 from pi2.container.layout import QuantPlan
 from pi2.relufy import Settings, open_relufication
+from pi2.relufy.sources import PiModelSource
 from pi2.tensor import Tensor
 from pi2.testing.models import RandomSource, toy_architecture
 
@@ -25,6 +28,11 @@ class LoudSource(RandomSource):
         tensor = super().tensor(name)
         loud = name.endswith("ffn.down.weight")
         return Tensor.from_f32(tensor.to_f32() * np.float32(12)) if loud else tensor
+
+
+def written(path):
+    """A pi2 model as a source."""
+    return PiModelSource(open_model(path, MmapTier()))
 
 
 def quick(**changes):

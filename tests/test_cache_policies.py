@@ -10,6 +10,7 @@ from pi2.builtin.lfu_policy import LfuPolicy
 from pi2.builtin.lru_policy import LruPolicy
 from pi2.builtin.quota_policy import QuotaPolicy
 from pi2.builtin.s3fifo_policy import S3FifoPolicy
+from pi2.builtin.window_policy import WindowPolicy
 from pi2.errors import OptionError
 
 TRACE = st.lists(st.lists(st.integers(0, 12), unique=True, min_size=1, max_size=5), max_size=40)
@@ -88,6 +89,20 @@ def test_quotas_level_the_ffns(uses, n):
     assert not gave or max(len(order) for order in left.values()) <= min(gave) + 1
 
 
+@given(TRACE, st.integers(0, 3))
+@settings(deadline=None)
+def test_a_window_leaves_behind_what_its_last_tokens_did_not_use(batches, tokens):
+    policy, last = WindowPolicy(tokens), {}
+    for now, batch in enumerate(batches):
+        gone = {key for key, when in last.items() if when < now - tokens}
+        assert set(policy.expire(0).tolist()) == gone
+        policy.evicted(keys(*gone))
+        assert len(policy.expire(1)) == 0  # another FFN's clock
+        last = {key: when for key, when in last.items() if key not in gone} | dict.fromkeys(batch, now)
+        policy.touch(0, keys(*batch))
+        assert set(policy.victims(0, 99).tolist()) == set(last)
+
+
 def test_lru_forgets_its_log_of_uses():
     policy = LruPolicy()
     for _ in range(3000):
@@ -106,7 +121,10 @@ def test_every_key_has_an_index_of_its_own_for_ever(numbers):
     assert len(set(seen.values())) == len(seen)
 
 
-@pytest.mark.parametrize(("policy", "options"), [(LfuPolicy, {"half_life": 0}), (S3FifoPolicy, {"small": 0})])
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [(LfuPolicy, {"half_life": 0}), (S3FifoPolicy, {"small": 0}), (WindowPolicy, {"tokens": -1})],
+)
 def test_options_out_of_range_are_refused(policy, options):
     with pytest.raises(OptionError, match="cannot"):
         policy(**options)

@@ -14,12 +14,14 @@ import pytest
 HERE = Path(__file__).parent
 FILES = {
     name: file
-    for file in (HERE / "wrong_backends.py", HERE / "wrong_parts.py", HERE / "wrong_streams.py")
+    for file in (HERE / f"wrong_{what}.py" for what in ("accelerators", "backends", "parts", "streams"))
     for name in re.findall(r"^class Test(\w+)", file.read_text(), re.MULTILINE)
 }
 
 CAUGHT_BY = {
     "AddsToTheOutput": "ffn_is_the_sum_over_its_neurons",
+    "AddsToWhatIsThere": "a_ticket_gives_the_sum_over_the_first_neurons",
+    "AnswersATicketThatWasGivenUp": "a_ticket_that_is_given_up_leaves_nothing_behind",
     "AnswersBeforeItHasRead": "reads_in_flight_end_as_plain_reads_do",
     "ChangesItsInput": "ffn_is_the_sum_over_its_neurons",
     "ClaimsTooCoarseATolerance": "its_tolerance_is_positive_and_finer_than_eight_bits",
@@ -60,13 +62,14 @@ CAUGHT_BY = {
     "SwapsTheNibbles": "linear_is_the_matrix_product_of_the_exact_weights",
     "TakesAGateForAWholeNeuron": "a_stream_gives_the_bits_of_a_full_slab",
     "TakesNeuronsForSlots": "a_slab_gives_the_bits_of_the_ffn",
+    "TakesOneNeuronTooMany": "a_ticket_gives_the_sum_over_the_first_neurons",
     "TracesUnasked": "spans_tell_what_was_done",
     "UsesWhatItCouldNotRead": "a_failed_read_ends_the_call_and_nothing_else",
     "WritesAfterACancel": "reads_in_flight_end_as_plain_reads_do",
     "WritesBehindTheOutput": "linear_is_the_matrix_product_of_the_exact_weights",
     "WritesBehindTheTokens": "attention_is_the_block_of_its_formula",
 }
-RIGHT = ("Attending", "OneByOne", "Plain", "PlainPredictor")
+RIGHT = ("Attending", "OneByOne", "Plain", "PlainPredictor", "SlowTwin")
 
 
 @pytest.fixture(scope="module")

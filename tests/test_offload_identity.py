@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pi2 import ffns
 from pi2.errors import BudgetError, OptionError
 
+POLICIES = list(toys.PLUGINS.of("cache_policies"))
 CASES = [(name, backend) for name in toys.ARCHITECTURES for backend in toys.BACKENDS]
 
 
@@ -31,8 +32,12 @@ def setups(draw):
     return {
         "storage": storage,
         "slots": draw(st.sampled_from([toys.NEURONS, toys.NEURONS + 7, 2 * toys.NEURONS, 10**6])),
-        "policy": draw(st.sampled_from(["lru", "clock", "lfu:half_life=2", "s3fifo", "quota"])),
-        "two_phase": draw(st.sampled_from(["auto", "on", "off"])),
+        "policy": draw(st.sampled_from([*POLICIES, "window:tokens=0"])),
+        "hot": draw(st.sampled_from([0.0, 0.5, 1.0])),
+        "keep": draw(st.sampled_from(["frequent", "even"])),
+        "overlap": draw(st.booleans()),
+        "bundled": (bundled := draw(st.booleans())),
+        "two_phase": draw(st.sampled_from(["auto", "on", "off"] if bundled else ["auto", "off"])),
         "prefetch": draw(st.sampled_from(["on", "off", "auto"] if ahead else ["off", "auto"])),
         "cluster": draw(st.sampled_from([1, 16, 64])),
         "pipeline": draw(st.sampled_from(["auto", "python"])),
@@ -122,8 +127,10 @@ def test_fewer_slots_than_an_ffn_has_neurons_are_refused():
 @pytest.mark.parametrize(
     ("setup", "says"),
     [
-        ({"hot": 1.5}, "hot region cannot have 1.5"),
+        ({"hot": 1.5}, "1.5 of an FFN cannot be hot"),
         ({"cluster": 0}, "a cluster of 0 neurons"),
+        ({"keep": "odd"}, "keep is frequent or even, not 'odd'"),
+        ({"bundled": False, "two_phase": "on"}, "have no two phases"),
         ({"prefetch": "maybe"}, "prefetch is auto, on or off, not 'maybe'"),
         ({"pipeline": "c"}, "pipeline is auto, native or python, not 'c'"),
         ({"two_phase": "perhaps"}, "two_phase is auto, on or off, not 'perhaps'"),

@@ -48,7 +48,7 @@ def opened(path, **options):
 
 
 def test_the_hot_region_holds_the_most_active_neurons_for_ever(with_statistics):
-    with opened(with_statistics(), slots=toys.NEURONS + 2 * HOT, hot=0.5) as engine:
+    with opened(with_statistics(), slots=toys.NEURONS + 2 * HOT, hot=HOT / 320) as engine:
         cache, model = engine.offloaded.cache, engine.model
         hot = np.arange(0, toys.NEURONS, 4, dtype=np.int32)
         assert cache.n_hot == HOT

@@ -21,7 +21,7 @@ from pi2.relufy import open_relufication
 from pi2.relufy.corpus import ANSWER, VERBATIM
 from pi2.relufy.distil import Distiller
 from pi2.relufy.workplace import CHECKPOINT, workplace_path
-from relufy_texts import LoudSource, quick, run, silu_source, write_texts
+from relufy_texts import LoudSource, quick, run, silu_source, write_texts, written
 from sources import contents
 
 PATHS = [str(Path(pi2.__file__).parent.parent), str(Path(__file__).parent)]
@@ -182,6 +182,80 @@ def test_more_tokens_go_on_from_a_checkpoint_that_was_kept(tmp_path, texts):
     assert first.tokens < again.tokens < 4200
     assert open_model(tmp_path / "m", MmapTier()).architecture.activation == "relu"
     assert not workplace_path(tmp_path / "m").exists()
+
+
+def test_a_twin_that_was_made_before_is_trained_further(tmp_path, texts):
+    source = LoudSource()
+    first = run(tmp_path / "a", texts, source=source)
+    start = written(tmp_path / "a")
+    report = run(tmp_path / "b", texts, quick(density=0.2), source, start=start)
+    assert set(report.stages) == {"original", "started", "twin"}
+    assert report.stages["original"] == first.stages["original"]
+    assert report.stages["started"]["perplexity"] == pytest.approx(first.stages["twin"]["perplexity"])
+    assert report.stages["started"]["zeros"] == pytest.approx(first.stages["twin"]["zeros"], abs=1e-3)
+    assert report.stages["twin"]["zeros"] > report.stages["started"]["zeros"] + 0.02
+    notes = written(tmp_path / "b").notes
+    assert [note.split(":")[0] for note in notes] == 2 * [
+        "relufied from silu",
+        f"perplexity on {first.held_out_tokens} held-out tokens of plain.txt, chat.jsonl",
+        "exact zeros there",
+    ]
+
+
+def test_what_was_not_trained_is_the_original_s(tmp_path, texts):
+    run(tmp_path / "a", texts, quick(tokens=100, quant=QuantPlan.named("q4_0", embed="q4_0")))
+    with open_relufication(
+        silu_source(),
+        texts,
+        tmp_path / "b",
+        quick(quant=QuantPlan.named("f32")),
+        start=written(tmp_path / "a"),
+    ) as work:
+        weights = work._twin.network().weights
+    assert np.array_equal(weights["embed.weight"].numpy(), silu_source().tensor("embed.weight").to_f32())
+    gate = written(tmp_path / "a").tensor("layers.1.ffn.gate.weight").to_f32()
+    assert np.array_equal(weights["layers.1.ffn.gate.weight"].numpy(), gate)
+
+
+def test_the_loss_in_bfloat16_is_nearly_that_in_float32(tmp_path, texts):
+    with open_relufication(LoudSource(), texts, tmp_path / "m", quick(bf16=True)) as work:
+        distiller = Distiller(work._original, work._twin, work._sampler(9), quick())
+        row = work._sampler(9).next()
+        with torch.autocast("cpu", torch.bfloat16):
+            near, _ = distiller._loss(work._twin.network(), row, np.random.default_rng(0), 1.0)
+        true, _ = distiller._loss(work._twin.network(), row, np.random.default_rng(0), 1.0)
+        assert near.dtype == torch.float32
+        assert float(near) == pytest.approx(float(true), rel=0.05)
+        assert float(near) != float(true)
+        work.compare()
+        before = losses(work, quick())
+        work.refit()
+        assert work.distil()
+        assert losses(work, quick())["kl"] < 0.8 * before["kl"]
+
+
+def test_the_texts_themselves_count_as_much_as_is_asked(tmp_path, texts):
+    with open_relufication(LoudSource(), texts, tmp_path / "m", quick(sequence=256)) as work:
+        sampler, network = work._sampler(9), work._twin.network()
+        sampler.next()  # plain text
+        row = sampler.next()  # conversations
+        with torch.no_grad():
+            found = {
+                weight: float(
+                    Distiller(work._original, work._twin, work._sampler(9), quick(text_weight=weight))._loss(
+                        network, row, np.random.default_rng(0), 0.0
+                    )[0]
+                )
+                for weight in (0.0, 0.5)
+            }
+            log_p = torch.log_softmax(network.logits(network.trace(row).streams[-1]), -1).numpy()
+    at = [
+        i for i in range(len(row.ids) - 1)
+        if row.documents[i] == row.documents[i + 1] and row.answers[i] == 0
+    ]  # fmt: skip
+    nll = -np.mean([log_p[i, row.ids[i + 1]] for i in at])
+    assert 0 < len(at) < len(row.ids) - 1
+    assert found[0.5] - found[0.0] == pytest.approx(0.5 * nll, rel=1e-3)
 
 
 def test_minutes_bound_a_training(tmp_path, texts):

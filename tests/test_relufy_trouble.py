@@ -26,6 +26,8 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path, texts):
     with pytest.raises(OptionError, match="is of another model") as caught:
         run(tmp_path / "m", texts, source=silu_source(1))
     assert "--restart" in caught.value.hint
+    with pytest.raises(OptionError, match="another --from"):
+        run(tmp_path / "m", texts, start=silu_source(2, activation="relu"))
     whole = (place / CHECKPOINT).read_bytes()
     (place / CHECKPOINT).write_bytes(whole[:-4])
     with pytest.raises(FormatError, match="tensors end at byte"):
@@ -49,6 +51,8 @@ def test_what_cannot_be_done_is_refused_before_anything_is_trained(tmp_path, tex
     for activation in ("relu", "relu2"):
         with pytest.raises(UnsupportedModel, match=f"is {activation} already"):
             run(tmp_path / "m", texts, source=silu_source(activation=activation))
+    with pytest.raises(UnsupportedModel, match="no ReLU twin of this one"):
+        run(tmp_path / "m", texts, start=silu_source(activation="relu", n_layers=3))
     for changes, message in (
         ({"tokens": None}, "when to stop"),
         ({"tokens": 0}, "tokens = 0"),

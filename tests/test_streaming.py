@@ -55,15 +55,16 @@ def write(tmp_path_factory, case, nbytes=None):
     case=slab_cases(tokens=(1,), specs=ffn_specs() | paged_specs()),
     cluster=st.sampled_from((1, 8, 64)),
     two_phase=st.booleans(),
+    overlap=st.booleans(),
+    bundled=st.booleans(),
     guess=st.booleans(),
 )
-def test_neurons_stream_from_a_file(tmp_path_factory, backend, tier, case, cluster, two_phase, guess):
+def test_neurons_stream_from_a_file(tmp_path_factory, backend, tier, case, cluster, guess, **how):
     place = FfnPlace(0, path := write(tmp_path_factory, case), tier.open_file(path), HEAD)
     slab = case.empty_slab(0)
     states = np.zeros(len(slab), np.uint8)
     handle = backend.place_slab(slab, len(case.ffn.bundles), case.ffn.spec)
-    options = {"two_phase": two_phase, "cluster": cluster, "trace": False}
-    stream = backend.open_stream(handle, states, tier.abi_address(), **options)
+    stream = backend.open_stream(handle, states, tier.abi_address(), cluster=cluster, trace=False, **how)
     if guess:
         half = len(case.rows) // 2
         backend.stream_prefetch(stream, place, case.rows[:half], case.slots[:half].copy())

@@ -20,7 +20,7 @@ from wrong_backends import PlainBackend
 class OneByOne(PlainBackend):
     """Right: what the native pipelines must agree with."""
 
-    def open_stream(self, slab, states, storage, *, two_phase, cluster, trace):
+    def open_stream(self, slab, states, storage, *, trace, **how):
         abi = StorageAbi.from_address(storage)
         if abi.version != 1:
             raise PluginError("the storage tier is of another version", hint="install one release")

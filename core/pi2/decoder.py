@@ -43,6 +43,7 @@ class Decoder:
     """A model placed on a backend: token ids in, logits out.
 
     ``make_ffns`` is called when everything else is in memory; None keeps the FFNs there, too.
+    ``attention``: another backend, for the attention blocks.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Decoder:
         backend: Backend,
         predictor: Predictor,
         make_ffns: Callable[[], Ffns] | None = None,
+        attention: Backend | None = None,
     ) -> None:
         arch = model.architecture
         self.arch = arch
@@ -60,14 +62,18 @@ class Decoder:
         """Makes logits (n, vocab) of final states (n, d) in place of the LM head, before scale and cap."""
         self.predictor = predictor  # may be exchanged for another that is attached
         self._backend = backend
+        self._attends = attention or backend
         matrices = dense_matrices(arch)
         self._rows = {name: rows for name, (rows, _) in matrices.items()}
         self._tables = {name: model.matrix(name) for name in matrices if name.startswith("embed.")}
-        self._fused = backend if isinstance(backend, SupportsAttention) else None
+        self._fused = self._attends if isinstance(self._attends, SupportsAttention) else None
         placed = [name for name in matrices if not name.startswith("embed.")]
         if self._fused:
             placed = [name for name in placed if ".attn." not in name]
-        self._weights: dict[str, Any] = {name: backend.place(model.matrix(name)) for name in placed}
+        self._weights: dict[str, Any] = {
+            name: (self._attends if ".attn." in name else backend).place(model.matrix(name))
+            for name in placed
+        }
         if arch.tied:
             self._weights["head.weight"] = backend.place(self._tables["embed.weight"])
             self._rows["head.weight"] = arch.vocab_size
@@ -83,7 +89,7 @@ class Decoder:
 
     def new_cache(self, limit: int | None = None) -> KvCache:
         """An empty KV cache for ``limit`` tokens (None: the model's maximum), as the backend wants it."""
-        return KvCache(self.arch, limit, kv_dtype(self._backend))
+        return KvCache(self.arch, limit, kv_dtype(self._attends))
 
     def forward(self, ids: TokenIds, cache: KvCache, *, all_logits: bool = False) -> F32:
         """Append ``ids`` (n,) to ``cache``; logits of the last token (vocab,), or of all (n, vocab)."""
@@ -97,7 +103,9 @@ class Decoder:
         starts = np.cumsum([cache.length, *map(len, chunks)]).tolist()
         cache.reserve(starts[-1])
         xs = [self._embed(ids, start) for ids, start in zip(chunks, starts, strict=False)]  # (n, d) each
+        tokens = [len(x) for x in xs]
         for layer in range(self.arch.n_layers):
+            self.ffns.expect(layer, tokens)
             xs = [self._attention_block(x, layer, cache, start) for x, start in zip(xs, starts, strict=False)]
             xs = self._ffn_block(xs, layer)
         cache.advance(starts[-1] - starts[0])
@@ -191,17 +199,16 @@ class Decoder:
             self.ffn_count.active += self.ffns.dense(layer, many)
         for x, out in zip(inputs, outs, strict=True):
             if len(x) == 1:
-                rows = self.predictor.predict(layer, x)
-                self.ffn_count.active += self.ffns.sparse(layer, x, rows, out)
+                self.ffn_count.active += self.ffns.sparse(layer, x, self.predictor, out)
         bias = self._vectors.get(f"layers.{layer}.ffn.down.bias")
         ys = outs if bias is None else [out + bias for out in outs]
         return [self._after(x, y, layer, "ffn") for x, y in zip(xs, ys, strict=True)]
 
     def _linear(self, x: F32, name: str) -> F32:
-        """(n, cols) -> (n, rows) through the weight and bias called ``name``."""
+        """(n, cols) -> (n, rows) through attention's weight and bias called ``name``."""
         weight = f"{name}.weight"
         out = np.empty((len(x), self._rows[weight]), np.float32)
-        self._backend.linear(self._weights[weight], np.ascontiguousarray(x), out)
+        self._attends.linear(self._weights[weight], np.ascontiguousarray(x), out)
         bias = self._vectors.get(f"{name}.bias")
         return out if bias is None else out + bias
 

@@ -14,8 +14,11 @@ from pi2.builtin.lru_policy import LruPolicy
 from pi2.chat_template import render
 from pi2.config import Settings
 from pi2.container.reader import PiModel, open_model
-from pi2.decoder import Decoder
+from pi2.decoder import Decoder, kv_dtype
 from pi2.errors import FormatError, OptionError
+from pi2.ffns import Ffns, ResidentFfns
+from pi2.hybrid import ColdOnly, HybridFfns, HybridOptions
+from pi2.hybrid_setup import Hybrid, Placed, beside
 from pi2.model_choice import find_model
 from pi2.offload import OffloadedFfns, OffloadOptions
 from pi2.offload_setup import Offload, attach, open_ffns
@@ -25,6 +28,7 @@ from pi2.sampling import Sampling
 from pi2.session import PREFILL_CHUNK, Generation, Session
 from pi2.tensor import F32
 from pi2.text import TextTokenizer
+from pi2.trace import TraceWriter
 
 
 def parse_choice(text: str | None) -> tuple[str | None, dict[str, str]]:
@@ -65,6 +69,7 @@ class Engine:
         context: int | None = None,
         offload: OffloadOptions | None = None,
         policy: CachePolicy | None = None,
+        hybrid: Hybrid | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = TextTokenizer(model.tokenizer_json)
@@ -74,6 +79,7 @@ class Engine:
                 f" the model only {model.architecture.vocab_size}"
             )
         self.backend = backend
+        """What computes; the accelerator's neighbour, if there is one."""
         self._parts: dict[str, Plugin] = {"backend": backend, "storage": storage, "predictor": predictor}
         self._lossless = predictor.lossless
         self.context = context
@@ -82,33 +88,69 @@ class Engine:
         """The FFNs on flash, if a budget was set."""
         self.lossy_head: str | None = None
         """What stands in for the LM head, if something does."""
+        self.hybrid: HybridFfns | None = None
+        """The FFNs of an accelerator and ``backend``, if they share the model."""
+        self._placed: Placed | None = None
         self._resources = ExitStack()
-        if offload is None:
-            predictor.attach(model, backend)
-            self.decoder = Decoder(model, backend, predictor)
-        else:
-            self.decoder = self._open_offloaded(backend, storage, predictor, offload, policy)
+        setup = None
+        if hybrid is not None:
+            self._parts = {**self._parts, "backend": hybrid.accelerator, "cpu": backend}
+            self._placed = Placed(model, hybrid, resident=offload is None)
+        if offload is not None:
+            policy = policy or LruPolicy()
+            setup = self._offload_setup(backend, offload, policy, hybrid)
+        self.decoder = self._open(storage, predictor, setup, hybrid)
 
-    def _open_offloaded(
-        self,
-        backend: Backend,
-        storage: StorageTier,
-        predictor: Predictor,
-        options: OffloadOptions,
-        policy: CachePolicy | None,
-    ) -> Decoder:
+    def _offload_setup(
+        self, backend: Backend, options: OffloadOptions, policy: CachePolicy, hybrid: Hybrid | None
+    ) -> Offload:
         most = self.model.architecture.max_context
         self.context = min(self.context or DEFAULT_CONTEXT, most)
-        self._parts["policy"] = policy = policy or LruPolicy()
-        setup = Offload(options, policy, self.context, min(PREFILL_CHUNK, self.context))
+        self._parts["policy"] = policy
+        setup = Offload(options, policy, self.context, min(PREFILL_CHUNK, self.context), kv_dtype(backend))
+        if hybrid is not None and self._placed is not None:
+            setup.options = dataclasses.replace(options, hot=0.0)  # they are the accelerator's
+            setup.elsewhere = self._placed.nbytes
+            if hybrid.options.attention == "accelerator":
+                setup.kv = kv_dtype(hybrid.accelerator)
+            if hybrid.options.prefill == "accelerator":
+                setup.dense = hybrid.accelerator
+        return setup
 
-        def make_ffns() -> OffloadedFfns:
-            self.offloaded = open_ffns(self.model, backend, storage, predictor, setup)
-            self._resources.callback(self.offloaded.close)
-            return self.offloaded
+    def _open(
+        self, storage: StorageTier, predictor: Predictor, setup: Offload | None, hybrid: Hybrid | None
+    ) -> Decoder:
+        model, backend, placed = self.model, self.backend, self._placed
+        if setup is None:
+            predictor.attach(model, backend)
+        else:
+            attach(model, backend, predictor, setup)
 
-        attach(self.model, backend, predictor, setup)
-        return Decoder(self.model, backend, predictor, make_ffns)
+        def make_ffns() -> Ffns:
+            handles = [] if placed is None else placed.place(None if setup is None else storage)
+            if setup is None:
+                ffns: Ffns = ResidentFfns(model, backend)
+            else:
+                named = predictor if placed is None else ColdOnly(predictor, placed.hot)
+                ffns = self.offloaded = open_ffns(model, backend, storage, named, setup)
+                self._resources.callback(self.offloaded.close)
+            if placed is not None:
+                ffns = self.hybrid = placed.ffns(ffns, handles, self._trace(placed))
+                self._resources.callback(self.hybrid.close)
+            return ffns
+
+        attends = hybrid.accelerator if hybrid and hybrid.options.attention == "accelerator" else None
+        return Decoder(model, backend, predictor, make_ffns, attends)
+
+    def _trace(self, placed: Placed) -> TraceWriter | None:
+        if self.offloaded is not None:
+            return self.offloaded.trace
+        path = placed.options.trace
+        if path is None:
+            return None
+        trace = TraceWriter(path)
+        self._resources.callback(trace.close)
+        return trace
 
     @classmethod
     def open(
@@ -122,11 +164,14 @@ class Engine:
         verify: bool | None = None,
         plugins: Plugins | None = None,
         offload: OffloadOptions | None = None,
+        hybrid: HybridOptions | None = None,
+        cold: str | None = None,
     ) -> Self:
         """Open ``model`` (a directory, an installed model's name, or None for the only installed one).
 
         Parts are named as ``name:key=value,...``; None picks the best that can run here.  ``context`` caps
         the KV cache, in tokens.  ``offload`` leaves the FFN weights on flash, under a budget of memory.
+        ``hybrid`` makes ``backend`` an accelerator beside the backend ``cold``, which has the rest.
         Raises Pi2Error with a hint.
         """
         plugins = plugins or Plugins.installed(Settings.from_environment())
@@ -142,11 +187,16 @@ class Engine:
             if offload is not None and storage is None:
                 storage = best_reader(plugins)
             tier = part("storage_tiers", storage)
-            parts = (part("backends", backend), tier, part("predictors", predictor))
+            computes = part("backends", backend)
+            shared = None
+            if hybrid is not None:
+                shared = Hybrid(computes, hybrid)
+                computes = part("backends", cold or beside(plugins, computes.name))
+            parts = (computes, tier, part("predictors", predictor))
             policy = None if offload is None else part("cache_policies", offload.policy)
             opened = open_model(path, tier, verify=verify, views=offload is None)
             stack.callback(opened.close)
-            engine = cls(opened, *parts, context=context, offload=offload, policy=policy)
+            engine = cls(opened, *parts, context=context, offload=offload, policy=policy, hybrid=shared)
             stack.enter_context(engine._resources)  # closed before what it stands on
             engine._resources = stack.pop_all()
             return engine
@@ -195,11 +245,12 @@ class Engine:
     @property
     def notes(self) -> list[str]:
         """What the user should know of how the model runs: slower than could be, smaller than wise."""
-        return [] if self.offloaded is None else list(self.offloaded.notes)
+        return [note for ffns in (self.offloaded, self.hybrid) if ffns is not None for note in ffns.notes]
 
     def setup(self) -> dict[str, Any]:
         """What runs: names of the parts, whether the output is that of the dense model, the configuration."""
-        names: dict[str, Any] = {kind: part.name for kind, part in self._parts.items()}
+        names: dict[str, Any] = {kind: part.name for kind, part in self._parts.items() if kind != "cpu"}
+        names["emulated"] = any(isinstance(part, Backend) and part.emulated for part in self._parts.values())
         config = {
             "model": str(self.model.path),
             "family": self.model.architecture.family,
@@ -214,6 +265,10 @@ class Engine:
             config["regions"] = regions.to_json()
             config["offload"] = dataclasses.asdict(self.offloaded.options)
             config["two_phase"] = self.offloaded.two_phase
+        if self.hybrid is not None and self._placed is not None:
+            names["hybrid"] = self._placed.describe(self.hybrid, self.backend)
+            config["hybrid"] = dataclasses.asdict(self.hybrid.options)
+        if self.notes:
             config["notes"] = self.notes
         if self.lossy_head is not None:
             config["head"] = self.lossy_head

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pi2.api import Backend, FfnSpec
+from pi2.api import Backend, FfnSpec, Predictor
 from pi2.bundle import BundleGeometry
 from pi2.tensor import F32, Ids
 
@@ -22,10 +22,14 @@ RANGE_BYTES = 8 << 20
 class Ffns(Protocol):
     """Computes any FFN of a model, wherever its weights are."""
 
-    def sparse(self, ffn: int, x: F32, rows: Ids | None, out: F32) -> int:
-        """``out`` = FFN number ``ffn`` of one token, both (1, d), over ``rows`` or all neurons.
+    def expect(self, ffn: int, tokens: Sequence[int]) -> None:
+        """FFN number ``ffn`` comes after the next attention block, for chunks of so many ``tokens`` each."""
+        ...
 
-        Returns the number of neurons that were active.  Raises StorageError.
+    def sparse(self, ffn: int, x: F32, predictor: Predictor, out: F32) -> int:
+        """``out`` = FFN number ``ffn`` of one token, both (1, d), over the neurons that are predicted.
+
+        Returns the number of neurons that were active.  Raises Pi2Error.
         """
         ...
 
@@ -63,8 +67,11 @@ class ResidentFfns:
         ranges = dense_ranges(model.geometry, arch.n_neurons)
         self._ranges = [np.arange(*ends, dtype=np.int32) for ends in ranges]
 
-    def sparse(self, ffn: int, x: F32, rows: Ids | None, out: F32) -> int:
-        return self._backend.ffn(self._ffns[ffn], x, out, rows)
+    def expect(self, ffn: int, tokens: Sequence[int]) -> None:
+        return None
+
+    def sparse(self, ffn: int, x: F32, predictor: Predictor, out: F32) -> int:
+        return self._backend.ffn(self._ffns[ffn], x, out, predictor.predict(ffn, x))
 
     def dense(self, ffn: int, chunks: Sequence[tuple[F32, F32]]) -> int:
         placed = self._ffns[ffn]

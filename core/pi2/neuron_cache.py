@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi2.api import CachePolicy, Keys
-from pi2.powers import SlotState
+from pi2.powers import SlotState, SupportsExpiry
 from pi2.tensor import U8, Ids
 
 _BATCH = 128  # evictions free at least a slot in so many, so that asking the policy is paid back
@@ -28,6 +28,7 @@ class NeuronCache:
     def __init__(self, n_ffns: int, neurons: int, stride: int, slots: int, policy: CachePolicy) -> None:
         self.neurons = neurons
         self.policy = policy
+        self._expiry = policy if isinstance(policy, SupportsExpiry) else None
         self._memory = mmap.mmap(-1, max(1, slots * stride), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.slab: U8 = np.frombuffer(self._memory, np.uint8, slots * stride).reshape(slots, stride)
         """(slots, stride), aligned to pages; a slot takes memory once something is in it."""
@@ -72,6 +73,9 @@ class NeuronCache:
         Those that were not resident get slots that are EMPTY.  There is room as long as the cold region
         has a slot for every neuron of an FFN and no other FFN's slots are LOADING.
         """
+        if self._expiry is not None:
+            old = self._by_key[self._expiry.expire(ffn)]
+            self.drop(old[self.states[old] != SlotState.LOADING])
         slots: Ids = self._slot_of[ffn][neurons]
         keys = self.keys(ffn, neurons)
         missing = np.flatnonzero(slots < 0)

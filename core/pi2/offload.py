@@ -39,14 +39,22 @@ class OffloadOptions:
     slots: int | None = None
     policy: str | None = None
     """Cache policy as ``name:key=value,...``; None: the best that there is."""
-    hot: float = 0.5
-    """Share of the cache, beyond one FFN, for what was most often active in the model's statistics."""
+    hot: float | None = None
+    """Share of each FFN, on average, that the model's statistics call hot and that never leaves the cache,
+
+    as far as there is room beside one whole FFN; None: as much as fills half of that room."""
     pipeline: str = "auto"
     """"native": the backend's own; "python": its slow twin; "auto": native where there is one."""
     two_phase: str = "auto"
     """"on": read gates first, and the rest only where they are not zero; "auto": if that is faster here."""
     cluster: int = 64
     """Neurons that are read and computed as one unit."""
+    overlap: bool = True
+    """Off: nothing is computed while something is being read."""
+    bundled: bool = True
+    """Off: every row of a neuron is a read of its own, one matrix after the other."""
+    keep: str = "frequent"
+    """What is hot: "frequent", as the statistics say; "even": every so many-th neuron, whatever it does."""
     prefetch: str = "auto"
     """"on": guess the next layer's neurons while this one is computed; "auto": as long as it pays."""
     trace: Path | None = None
@@ -55,12 +63,14 @@ class OffloadOptions:
     def __post_init__(self) -> None:
         switch = ("auto", "on", "off")
         choices = {"pipeline": ("auto", "native", "python"), "prefetch": switch, "two_phase": switch}
-        for name, known in choices.items():
+        for name, known in (choices | {"keep": ("frequent", "even")}).items():
             if (value := getattr(self, name)) not in known:
-                says = f"{name} is {known[0]}, {known[1]} or {known[2]}, not {value!r}"
+                says = f"{name} is {', '.join(known[:-1])} or {known[-1]}, not {value!r}"
                 raise OptionError(says, hint=f"{name}={known[0]} is the default")
-        if not 0 <= self.hot <= 1:
-            raise OptionError(f"the hot region cannot have {self.hot:g} of the cache", hint="0 to 1")
+        if not self.bundled and self.two_phase == "on":
+            raise OptionError("rows that are read one by one have no two phases", hint="leave two_phase out")
+        if self.hot is not None and not 0 <= self.hot <= 1:
+            raise OptionError(f"{self.hot:g} of an FFN cannot be hot", hint="0 to 1")
         if not 1 <= self.cluster <= 1 << 16:
             raise OptionError(f"a cluster of {self.cluster} neurons cannot be", hint="1 to 65536")
 
@@ -99,8 +109,9 @@ class OffloadedFfns:
 
     def __init__(
         self, model: PiModel, backend: Backend, tier: StorageTier, predictor: Predictor,
-        cache: NeuronCache, options: OffloadOptions,
+        cache: NeuronCache, options: OffloadOptions, dense: Backend | None = None,
     ) -> None:  # fmt: skip
+        """``dense``: another backend, for many tokens."""
         arch = model.architecture
         self.cache, self.options = cache, options
         self.count = OffloadCount()
@@ -108,7 +119,7 @@ class OffloadedFfns:
         self._thrashes = False
         self.notes: list[str] = []
         """What the user should know: slower than could be, smaller than wise."""
-        self._predictor, self._backend = predictor, backend
+        self._predictor, self._backend, self._dense = predictor, backend, dense or backend
         self._spec = FfnSpec(model.geometry, arch.activation, arch.up_relu)
         self._all = np.arange(arch.n_neurons, dtype=np.int32)
         self.places = [model.ffn_place(ffn) for ffn in range(arch.n_layers)]
@@ -125,7 +136,7 @@ class OffloadedFfns:
 
     def _two_phases(self, tier: StorageTier, wish: str) -> bool:
         head = head_bytes(self._spec)
-        if head is None or wish == "off":
+        if head is None or wish == "off" or not self.options.bundled:
             return False
         if wish == "on":
             return True
@@ -142,17 +153,21 @@ class OffloadedFfns:
         if not native or options.pipeline == "python":
             return PythonPipeline(
                 backend, tier, cache.slab, cache.states, cache.neurons, self._spec,
-                two_phase=self.two_phase, trace=options.trace is not None,
+                two_phase=self.two_phase, trace=options.trace is not None, bundled=options.bundled,
             )  # fmt: skip
         assert isinstance(backend, SupportsStreaming)
         assert isinstance(tier, SupportsStorageAbi)
         return NativePipeline(
             backend, backend.place_slab(cache.slab, cache.neurons, self._spec), cache.states,
             tier.abi_address(), two_phase=self.two_phase, cluster=options.cluster,
-            trace=options.trace is not None,
+            trace=options.trace is not None, overlap=options.overlap, bundled=options.bundled,
         )  # fmt: skip
 
-    def sparse(self, ffn: int, x: F32, rows: Ids | None, out: F32) -> int:
+    def expect(self, ffn: int, tokens: Sequence[int]) -> None:
+        return None
+
+    def sparse(self, ffn: int, x: F32, predictor: Predictor, out: F32) -> int:
+        rows = predictor.predict(ffn, x)
         neurons = self._all if rows is None else rows
         if self.lookahead.pending and self.lookahead.pending[0] != ffn:
             self._forget_guess()
@@ -209,12 +224,12 @@ class OffloadedFfns:
         active, begin = 0, time.perf_counter()
         neurons, slots = self._likely_next(ffn, chunks[-1][0])
         for first, bundles in self.reader.bundles(ffn):
-            placed = self._backend.place_ffn(bundles, self._spec)
+            placed = self._dense.place_ffn(bundles, self._spec)
             try:
                 for x, out in chunks:
-                    active += add_range(self._backend, placed, x, out, None, first == 0)
+                    active += add_range(self._dense, placed, x, out, None, first == 0)
             finally:
-                self._backend.release(placed)
+                self._dense.release(placed)
             self._warm(neurons, slots, first, bundles)
         self.count.stream.wall_s += time.perf_counter() - begin
         return active

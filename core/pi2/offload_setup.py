@@ -9,15 +9,16 @@ import numpy as np
 
 from pi2.api import Backend, CachePolicy, Keys, Predictor, StorageTier
 from pi2.budget import Regions, slots_within, to_come, too_small
-from pi2.container.layout import DENSE, NEURONS
-from pi2.decoder import kv_dtype
+from pi2.container.layout import DENSE
 from pi2.errors import BudgetError
+from pi2.hot import hot_neurons
+from pi2.kv_cache import KvDType
 from pi2.memory import aligned_bytes, give_back_unused, rss_bytes, rss_peak_bytes
-from pi2.neuron_cache import NeuronCache, hottest
+from pi2.neuron_cache import NeuronCache
 from pi2.offload import OffloadedFfns, OffloadOptions
 from pi2.pipeline import bundle_ranges, read_ranges
-from pi2.powers import SlotState, SupportsAsyncRead, SupportsOffload
-from pi2.statistics_file import STATISTICS, Statistics
+from pi2.powers import FfnPlace, SlotState, SupportsAsyncRead, SupportsOffload
+from pi2.tensor import U8, Ids
 
 if TYPE_CHECKING:
     from pi2.container.reader import PiModel
@@ -35,6 +36,12 @@ class Offload:
     """Tokens of the KV cache, whose memory is part of the budget."""
     chunk: int
     """Tokens of a prompt that are computed at once."""
+    kv: KvDType
+    """What keys and values are kept in."""
+    elsewhere: int = 0
+    """Bytes that other parts will take before the cache does: neurons that belong to an accelerator."""
+    dense: Backend | None = None
+    """Another backend, for the FFNs of many tokens."""
 
 
 def attach(model: PiModel, backend: Backend, predictor: Predictor, offload: Offload) -> None:
@@ -45,8 +52,8 @@ def attach(model: PiModel, backend: Backend, predictor: Predictor, offload: Offl
     arch, g, memory = model.architecture, model.geometry, offload.options.memory
     own = predictor.offloaded_bytes(model) if isinstance(predictor, SupportsOffload) else 0
     if memory is not None:
-        fixed = rss_bytes() + model.manifest.files[DENSE].nbytes + own
-        fixed += to_come(arch, g, offload.context, offload.chunk, kv_dtype(backend))
+        fixed = rss_bytes() + model.manifest.files[DENSE].nbytes + own + offload.elsewhere
+        fixed += to_come(arch, g, offload.context, offload.chunk, offload.kv)
         minimum = max(fixed + arch.n_neurons * g.stride, rss_peak_bytes())
         if memory < minimum:
             hint = None
@@ -70,16 +77,18 @@ def open_ffns(
     """
     arch, g, options = model.architecture, model.geometry, offload.options
     give_back_unused()
-    fixed = rss_bytes() + to_come(arch, g, offload.context, offload.chunk, kv_dtype(backend))
+    fixed = rss_bytes() + to_come(arch, g, offload.context, offload.chunk, offload.kv)
     slots = min(options.slots or 1 << 62, arch.n_layers * arch.n_neurons)
     if slots < arch.n_neurons:
         raise BudgetError(f"{slots} slots cannot hold an FFN", hint=f"{arch.n_neurons} at least")
     if options.memory is not None:
         slots = slots_within(options.memory, arch, g, fixed)
     notes: list[str] = []
-    hot = hot_neurons(model, int(options.hot * (slots - arch.n_neurons)), notes)
+    room = slots - arch.n_neurons
+    hot_slots = room // 2 if options.hot is None else int(options.hot * arch.n_layers * arch.n_neurons)
+    hot = hot_neurons(model, min(room, hot_slots), notes, options.keep == "even")
     cache = NeuronCache(arch.n_layers, arch.n_neurons, g.stride, slots, offload.policy)
-    ffns = OffloadedFfns(model, backend, tier, predictor, cache, options)
+    ffns = OffloadedFfns(model, backend, tier, predictor, cache, options, offload.dense)
     cold = (slots - len(hot)) * g.stride
     budget = options.memory or fixed + slots * g.stride
     ffns.regions = Regions(budget, budget - len(hot) * g.stride - cold, len(hot) * g.stride, cold)
@@ -94,37 +103,23 @@ def open_ffns(
     return ffns
 
 
-def hot_neurons(model: PiModel, n: int, notes: list[str]) -> Keys:
-    """The ``n`` neurons that the model's statistics found most often active; none without statistics."""
-    path = model.path / STATISTICS
-    if n <= 0 or not path.exists():
-        return np.empty(0, np.int64)
-    counts = Statistics.load(path).counts
-    if counts is None:
-        return np.empty(0, np.int64)
-    arch = model.architecture
-    of_this = counts.model == model.manifest.files[NEURONS].sha256
-    if not of_this or counts.counts.shape[::2] != (arch.n_layers, arch.n_neurons):
-        notes.append(f"{STATISTICS} is of another model: no neurons are kept as hot")
-        return np.empty(0, np.int64)
-    return hottest(counts.counts[:, 0], n)
+def read_neurons(tier: StorageTier, place: FfnPlace, neurons: Ids, stride: int) -> U8:
+    """The bundles of ``neurons`` (ascending) of one FFN, (k, stride): neighbours are one read."""
+    into = aligned_bytes(len(neurons) * stride)
+    read_ranges(tier, place.file, bundle_ranges(place, neurons, stride, (0, stride)), into)
+    return into.reshape(-1, stride)
 
 
 def _preload(ffns: OffloadedFfns, tier: StorageTier, hot: Keys) -> None:
-    """Read the hot region: neighbours as one read, many at a time."""
+    """Read the hot region, many neurons at a time."""
     cache = ffns.cache
     slots = cache.keep(hot)
     stride = cache.slab.shape[1]
     step = max(1, _STAGING // stride)
     for at in range(0, len(hot), step):
         keys = hot[at : at + step]
-        staging = aligned_bytes(len(keys) * stride).reshape(-1, stride)
         for ffn in np.unique(keys // cache.neurons).tolist():
             mine = keys // cache.neurons == ffn
             neurons = (keys[mine] % cache.neurons).astype(np.int32)
-            place = ffns.places[ffn]
-            first = int(np.flatnonzero(mine)[0])  # keys ascend, so an FFN's are neighbours
-            into = staging[first : first + len(neurons)].reshape(-1)
-            read_ranges(tier, place.file, bundle_ranges(place, neurons, stride, (0, stride)), into)
-        cache.slab[slots[at : at + step]] = staging
+            cache.slab[slots[at : at + step][mine]] = read_neurons(tier, ffns.places[ffn], neurons, stride)
     cache.states[slots] = SlotState.PRESENT

@@ -8,6 +8,8 @@ from typing import Any
 
 from pi2.errors import OptionError
 
+_YES, _NO = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
 
 def parse_options(cls: type, options: Mapping[str, str]) -> dict[str, Any]:
     """Texts -> arguments of ``cls.__init__``, by its annotations (int, float, bool, str)."""
@@ -34,4 +36,7 @@ def parse_options(cls: type, options: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _parse_bool(text: str) -> bool:
-    return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+    word = text.lower()
+    if word not in (*_YES, *_NO):
+        raise ValueError(text)
+    return word in _YES

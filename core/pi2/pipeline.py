@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -57,12 +58,13 @@ class NativePipeline:
 
     def __init__(
         self, backend: SupportsStreaming, slab: Any, states: U8, storage: int, *, two_phase: bool,
-        cluster: int, trace: bool,
+        cluster: int, trace: bool, overlap: bool = True, bundled: bool = True,
     ) -> None:  # fmt: skip
         self._backend = backend
         self._stream = backend.open_stream(
-            slab, states, storage, two_phase=two_phase, cluster=cluster, trace=trace
-        )
+            slab, states, storage, two_phase=two_phase, cluster=cluster, trace=trace, overlap=overlap,
+            bundled=bundled,
+        )  # fmt: skip
 
     def ffn(self, place: FfnPlace, neurons: Ids, slots: Ids, x: F32, out: F32) -> StreamCount:
         return self._backend.stream_ffn(self._stream, place, neurons, slots, x, out)
@@ -99,13 +101,14 @@ class PythonPipeline:
 
     def __init__(
         self, backend: Backend, tier: StorageTier, slab: U8, states: U8, neurons: int, spec: FfnSpec, *,
-        two_phase: bool, trace: bool = False,
+        two_phase: bool, trace: bool = False, bundled: bool = True,
     ) -> None:  # fmt: skip
         self._backend, self._tier = backend, tier
         self._slab, self._states, self._spec = slab, states, spec
         self._slabs = backend if isinstance(backend, SupportsSlab) else None
         self._placed = self._slabs.place_slab(slab, neurons, spec) if self._slabs else None
         self._head = head_bytes(spec) if two_phase else None
+        self._parts = [(0, slab.shape[1])] if bundled else rows_of(spec)
         self._async = tier if isinstance(tier, SupportsAsyncRead) else None
         self._guesses: list[_Guess] = []
         self._trace = trace
@@ -118,7 +121,8 @@ class PythonPipeline:
         count.wait_s += time.perf_counter() - start
         empty = states[slots] == SlotState.EMPTY
         if self._head is None:
-            self._load(place, neurons[empty], slots[empty], (0, self._slab.shape[1]), count)
+            for part in self._parts:
+                self._load(place, neurons[empty], slots[empty], part, count, SlotState.EMPTY)
             states[slots] = SlotState.PRESENT
         else:
             self._load(place, neurons[empty], slots[empty], (0, self._head), count, SlotState.GATE)
@@ -170,7 +174,7 @@ class PythonPipeline:
             count.reads += len(ranges)
             count.bytes_read += staging.nbytes
             count.wait_s += end - begin
-            stage = Stage.UP_DOWN_READ if first or state == SlotState.PRESENT else Stage.GATE_READ
+            stage = Stage.UP_DOWN_READ if first else Stage.GATE_READ
             self._note(place, stage, len(staging), begin, end)
 
     def _compute(self, neurons: Ids, slots: Ids, x: F32, out: F32) -> int:
@@ -253,6 +257,13 @@ def head_bytes(spec: FfnSpec) -> int | None:
         return None
     head = -(-g.segments()["up"][0] // g.page) * g.page
     return head if head < g.stride else None
+
+
+def rows_of(spec: FfnSpec) -> list[tuple[int, int]]:
+    """First and last + 1 byte of each row of a bundle; the last has what lies behind it, too."""
+    places = spec.geometry.segments()
+    starts = [places[name][0] for name in ("gate", "up", "down") if name in places]
+    return list(pairwise((*starts, spec.geometry.stride)))
 
 
 def bundle_ranges(place: FfnPlace, neurons: Ids, stride: int, part: tuple[int, int]) -> Ranges:

@@ -1,6 +1,7 @@
 """Optional powers of plugins: Protocols that the engine asks for once, with ``isinstance``, when it starts.
 
-Every power has its slow twin in the floor (``pi2.api``), and a property test that both agree.
+Every power has its slow twin in the floor (``pi2.api``), and a property test that both agree.  Those of
+accelerators are in ``pi2.accelerator``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from pi2.api import Backend, FfnSpec, ModelView, Ranges
+from pi2.api import Backend, FfnSpec, Keys, ModelView, Ranges
 from pi2.attention import AttentionSpec
 from pi2.kv_cache import Kv
 from pi2.tensor import F32, U8, Ids
@@ -37,6 +38,12 @@ class Stage(IntEnum):
     GATE_COMPUTE = 1
     UP_DOWN_READ = 2
     UP_DOWN_COMPUTE = 3
+    HOT = 4
+    """Hot clusters, on an accelerator; not of the pipeline, but beside it."""
+    COLD = 5
+    """All that the CPU does for an FFN meanwhile."""
+    GRAPH = 6
+    """An accelerator got the graph of another shape ready."""
 
 
 SPANS = np.dtype(
@@ -98,12 +105,15 @@ class SupportsStreaming(SupportsSlab, Protocol):
     """
 
     def open_stream(
-        self, slab: Any, states: U8, storage: int, *, two_phase: bool, cluster: int, trace: bool
-    ) -> object:
+        self, slab: Any, states: U8, storage: int, *, two_phase: bool, cluster: int, trace: bool,
+        overlap: bool = True, bundled: bool = True,
+    ) -> object:  # fmt: skip
         """For a ``place_slab`` handle.  ``states`` (slots,) are ``SlotState``, read and written by calls.
 
         ``storage`` is a ``SupportsStorageAbi.abi_address``.  ``two_phase``: read gates first, up and down
         only where the gate is not zero.  ``cluster``: neurons that are read and computed as one unit.
+        For comparison: without ``overlap`` nothing is computed while something is being read; not
+        ``bundled``, and not in two phases, each row is a read, one matrix after the other.
         """
         ...
 
@@ -135,6 +145,15 @@ class SupportsStreaming(SupportsSlab, Protocol):
 
     def close_stream(self, stream: Any) -> None:
         """Wait for all reads and free the stream.  The slab is the caller's again."""
+        ...
+
+
+@runtime_checkable
+class SupportsExpiry(Protocol):
+    """Optional power of a cache policy by which neurons leave although there is room."""
+
+    def expire(self, ffn: int) -> Keys:
+        """Another token comes to FFN number ``ffn``: residents of it that shall leave before that."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""A trace of the cluster pipeline, as a file that Perfetto and chrome://tracing open."""
+"""A trace of the cluster pipeline and of an accelerator, as a file for Perfetto and chrome://tracing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from pi2.errors import StorageError
 from pi2.powers import Spans, Stage
 
 _TIER = 255  # the thread of spans that the storage tier did
-_NAMES = ("gate read", "gate", "up/down read", "up/down")  # by Stage
+ACCELERATOR = 254
+"""The thread of spans that an accelerator did."""
+GRAPHS = 253
+"""The thread of graphs that an accelerator got ready meanwhile."""
+_NAMES = ("gate read", "gate", "up/down read", "up/down", "hot", "cold", "graph")  # by Stage
 _READS = (Stage.GATE_READ, Stage.UP_DOWN_READ)
 
 
@@ -32,7 +36,7 @@ class TraceWriter:
             )
         except OSError as e:
             raise StorageError(e.strerror or str(e), path=path, hint="choose another --trace FILE") from None
-        names = ((0, "compute"), (_TIER, "storage"))
+        names = ((0, "compute"), (GRAPHS, "graphs"), (ACCELERATOR, "accelerator"), (_TIER, "storage"))
         events = [
             {"name": "thread_name", "ph": "M", "pid": 1, "tid": tid, "args": {"name": name}}
             for tid, name in names

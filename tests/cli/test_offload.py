@@ -91,14 +91,18 @@ def test_a_context_that_nobody_chose_is_bounded_under_a_budget(tmp_path):
     [
         (["--memory", "much"], "--memory takes a size, not 'much'"),
         (["--policy", "lru"], "--policy needs --memory"),
-        (["--hot", "0.5"], "--hot needs --memory"),
+        (["--hot", "0.5"], "--hot needs --memory, or an accelerator"),
+        (["--cold", "numpy"], "--cold needs --hot"),
+        (["--hybrid", "prefill=cpu"], "--hybrid needs --hot"),
+        (["--hot", "0.5", "--hybrid", "prefill=cpu"], "--hybrid needs an accelerator"),
+        (["--hot", "0.5", "--cold", "numpy", "--hybrid", "hot=1"], "--hybrid has no hot"),
         (["--offload", "prefetch=off"], "--offload needs --memory"),
         (["--trace", "t.json"], "--trace needs --memory"),
         ([*SMALL, "--offload", "slots=3"], "--offload has no slots"),
         ([*SMALL, "--offload", "speed=3"], "OffloadOptions has no option 'speed'"),
         ([*SMALL, "--policy", "lfu:half_life=0"], "a half-life of 0 tokens cannot be"),
         ([*SMALL, "--policy", "s3fifo:small=1"], "the small queue cannot have 1 of the cache"),
-        ([*SMALL, "--hot", "-1"], "the hot region cannot have -1 of the cache"),
+        ([*SMALL, "--hot", "-1"], "-1 of an FFN cannot be hot"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(toy, options, says):
@@ -108,12 +112,35 @@ def test_options_that_make_no_sense_are_refused(toy, options, says):
     assert "hint: " in result.stderr
 
 
+@pytest.mark.parametrize("memory", [[], SMALL])
+def test_an_accelerator_takes_the_hot_share(toy, tmp_path, memory):
+    """NumPy in its place, and beside it: the same text, what ran where, and a trace."""
+    trace = tmp_path / "trace.json"
+    shared = ["--backend", "numpy", "--hot", "0.6", "--cold", "numpy", "--hybrid", "prefill=accelerator"]
+    plain = pi2("run", "--model", toy, "--raw", "Once", "--max-tokens", 8)
+    result = pi2(
+        "run", "--model", toy, "--raw", "Once", "--max-tokens", 8, *shared, *memory, "--trace", trace
+    )
+    assert (result.exit_code, result.stdout) == (0, plain.stdout)
+    assert "128 of 160 neurons on numpy" in result.stderr
+    assert "attention on numpy, prefill on numpy" in result.stderr
+    assert "warning: numpy computes nothing in the background" in result.stderr
+    assert {"hot", "cold"} <= {event["name"] for event in json.loads(trace.read_text())}
+    found = json.loads(pi2("run", "--model", toy, "Hi", "--json", "--max-tokens", 3, *shared, *memory).stdout)
+    assert found["hybrid"]["prefill"] == "accelerator"
+    assert found["config"]["hybrid"]["hot"] == 0.6
+
+
 def test_chat_and_eval_take_a_budget_too(toy, tmp_path):
     text = tmp_path / "text"
     text.write_text("one two three four five six seven eight nine ten " * 4)
     plain = pi2("eval", toy, text, "--tokens", 64, "--sequence", 32, "--json")
     result = pi2("eval", toy, text, "--tokens", 64, "--sequence", 32, "--json", "--memory", "2G")
     assert json.loads(result.stdout)["perplexity"] == json.loads(plain.stdout)["perplexity"]
+    shared = ["--backend", "numpy", "--cold", "numpy", "--hot", "0.6"]
+    beside = json.loads(pi2("eval", toy, text, "--tokens", 64, "--sequence", 32, "--json", *shared).stdout)
+    assert beside["perplexity"] == pytest.approx(json.loads(plain.stdout)["perplexity"], rel=1e-4)
+    assert beside["hybrid"]["decode_s"]["hot"] > 0
     said = pi2("chat", "--model", toy, "--max-tokens", 3, *SMALL, stdin="Hi\nAgain\n/exit\n")
     assert said.exit_code == 0
     assert said.stdout == pi2("chat", "--model", toy, "--max-tokens", 3, stdin="Hi\nAgain\n/exit\n").stdout

@@ -46,6 +46,27 @@ def test_relufy_makes_a_model_that_runs_and_says_what_it_is(silu, texts, tmp_pat
     assert_error(pi2("relufy", twin, *texts, tmp_path / "x", *QUICK), "is relu already", "pi2 convert")
 
 
+def test_relufy_trains_a_twin_further(silu, texts, tmp_path):
+    assert pi2("relufy", silu, *texts, tmp_path / "a", *QUICK).exit_code == 0
+    result = pi2(
+        "relufy",
+        silu,
+        *texts,
+        tmp_path / "b",
+        *QUICK,
+        "--from",
+        tmp_path / "a",
+        "--bf16",
+        "--text-weight",
+        0.1,
+    )
+    assert result.exit_code == 0, result.stderr
+    assert [line.split("  ")[0] for line in result.stdout.splitlines()[1:4]] == [
+        "original", "twin to begin with", "distilled"
+    ]  # fmt: skip
+    assert_error(pi2("relufy", silu, *texts, tmp_path / "c", "--from", silu), "no ReLU twin", "--from")
+
+
 def test_relufy_json_is_one_object(silu, texts, tmp_path):
     result = pi2("relufy", silu, *texts, tmp_path / "twin.pi2", *QUICK, "--shares", "0.7,0.3", "--json")
     found = json.loads(result.stdout)

@@ -19,6 +19,8 @@ DESIGNED_KEYS = {
     *("rss_peak_bytes", "budget_bytes", "density", "hit_rate", "bytes_read", "io_wait_share", "backend"),
     *("storage", "predictor", "policy", "lossless", "predicted_tps", "config", "versions", "stop_reason"),
     "offload",
+    "hybrid",
+    "emulated",
 }
 
 

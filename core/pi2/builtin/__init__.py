@@ -40,8 +40,9 @@ def pi2_cache_policies() -> list[type[CachePolicy]]:
     from pi2.builtin.lru_policy import LruPolicy
     from pi2.builtin.quota_policy import QuotaPolicy
     from pi2.builtin.s3fifo_policy import S3FifoPolicy
+    from pi2.builtin.window_policy import WindowPolicy
 
-    return [ClockPolicy, LfuPolicy, LruPolicy, QuotaPolicy, S3FifoPolicy]
+    return [ClockPolicy, LfuPolicy, LruPolicy, QuotaPolicy, S3FifoPolicy, WindowPolicy]
 
 
 @hookimpl

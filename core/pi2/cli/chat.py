@@ -40,6 +40,8 @@ def command(
     memory: o.Memory = None,
     policy: o.Policy = None,
     hot: o.Hot = None,
+    cold: o.Cold = None,
+    hybrid: o.HybridDetails = None,
     offload: o.OffloadDetails = None,
     sparse_head: o.SparseHead = None,
     trace: o.Trace = None,
@@ -60,6 +62,7 @@ def command(
         seed=seed,
         max_tokens=max_tokens,
     )
+    shared = o.parse_hybrid(backend, cold, hot, hybrid, trace)
     with o.open_engine(
         model,
         backend=backend,
@@ -67,7 +70,9 @@ def command(
         predictor=predictor,
         context=context,
         verify=verify,
-        offload=o.parse_offload(memory, policy, hot, offload, trace),
+        offload=o.parse_offload(memory, policy, hot, offload, trace, shared),
+        hybrid=shared,
+        cold=cold,
         sparse_head=sparse_head,
     ) as engine:
         Chat(engine, sampling, system).loop()

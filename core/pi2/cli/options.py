@@ -12,6 +12,7 @@ from pi2.errors import OptionError
 if TYPE_CHECKING:
     from pi2.api import ModelSource
     from pi2.engine import Engine
+    from pi2.hybrid import HybridOptions
     from pi2.offload import OffloadOptions
     from pi2.plugins import Plugins
 
@@ -42,7 +43,29 @@ Policy = Annotated[
 ]
 Hot = Annotated[
     float | None,
-    typer.Option("--hot", help="Share of the cache for neurons that statistics call hot [default: 0.5]."),
+    typer.Option(
+        "--hot",
+        metavar="SHARE",
+        help="Share of each FFN that is hot: computed by the --backend, if that is an accelerator, beside"
+        " --cold; else, with --memory, kept in the cache for ever [default: half of the cache].",
+    ),
+]
+Cold = Annotated[
+    str | None,
+    typer.Option(
+        "--cold",
+        help="Makes --backend the accelerator of the --hot share: what computes everything else"
+        " (name, or name:key=value,key=value).",
+    ),
+]
+HybridDetails = Annotated[
+    str | None,
+    typer.Option(
+        "--hybrid",
+        metavar="KEY=V,...",
+        help="How an accelerator and the CPU share a model: attention=cpu|accelerator,"
+        " prefill=cpu|accelerator, most=SHARE, cluster=N, lost=stop|cpu.",
+    ),
 ]
 SparseHead = Annotated[
     int | None,
@@ -150,6 +173,8 @@ def open_engine(
     context: int | None = None,
     verify: bool = False,
     offload: OffloadOptions | None = None,
+    hybrid: HybridOptions | None = None,
+    cold: str | None = None,
     sparse_head: int | None = None,
 ) -> Engine:
     """The engine that the options describe; without ``model`` the environment's choice."""
@@ -166,6 +191,8 @@ def open_engine(
         verify=verify or None,
         plugins=installed_plugins(),
         offload=offload,
+        hybrid=hybrid,
+        cold=cold,
     )
     if sparse_head is not None:
         _use_sparse_head(engine, sparse_head)
@@ -189,6 +216,7 @@ def parse_offload(
     hot: float | None,
     details: str | None,
     trace: Path | None = None,
+    hybrid: HybridOptions | None = None,
 ) -> OffloadOptions | None:
     """What --memory and the options that need it mean; None without them.  Raises OptionError."""
     from pi2.engine import parse_choice
@@ -196,11 +224,14 @@ def parse_offload(
     from pi2.offload import OffloadOptions
     from pi2.options import parse_options
 
-    given = {"--policy": policy, "--hot": hot, "--offload": details, "--trace": trace}
     if memory is None:
+        given: dict[str, object] = {"--policy": policy, "--offload": details}
+        if hybrid is None:
+            given |= {"--hot": hot, "--trace": trace}
         for name, value in given.items():
             if value is not None:
-                raise OptionError(f"{name} needs --memory", hint="without it all weights are resident")
+                needs = "--memory, or an accelerator" if name in ("--hot", "--trace") else "--memory"
+                raise OptionError(f"{name} needs {needs}", hint="without it all weights are resident")
         return None
     try:
         size = parse_bytes(memory)
@@ -210,6 +241,32 @@ def parse_offload(
     if clash := {"memory", "slots", "policy", "hot", "trace"} & set(settings):
         raise OptionError(f"--offload has no {min(clash)}", hint="see --help")
     chosen = parse_options(OffloadOptions, settings)
-    if hot is not None:
-        chosen["hot"] = hot
-    return OffloadOptions(memory=size, policy=policy, trace=trace, **chosen)
+    return OffloadOptions(memory=size, policy=policy, trace=trace, hot=None if hybrid else hot, **chosen)
+
+
+def parse_hybrid(
+    backend: str | None,
+    cold: str | None,
+    hot: float | None,
+    details: str | None,
+    trace: Path | None = None,
+) -> HybridOptions | None:
+    """How --backend and the CPU share a model; None if they do not.  Raises OptionError."""
+    from pi2.engine import parse_choice
+    from pi2.hybrid import HybridOptions
+    from pi2.hybrid_setup import is_accelerator
+    from pi2.options import parse_options
+
+    if hot is None:
+        for name, value in {"--cold": cold, "--hybrid": details}.items():
+            if value is not None:
+                raise OptionError(f"{name} needs --hot", hint="the share of each FFN for the accelerator")
+        return None
+    if cold is None and not is_accelerator(installed_plugins().pick("backends", parse_choice(backend)[0])):
+        if details is not None:
+            raise OptionError("--hybrid needs an accelerator", hint="name it with --backend")
+        return None
+    settings = parse_choice(f":{details or ''}")[1]
+    if clash := {"hot", "trace"} & set(settings):
+        raise OptionError(f"--hybrid has no {min(clash)}", hint="see --help")
+    return HybridOptions(hot=hot, trace=trace, **parse_options(HybridOptions, settings))

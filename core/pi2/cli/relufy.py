@@ -36,6 +36,10 @@ Texts = Annotated[
     ),
 ]
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="Directory to make: a pi2 model.")]
+From = Annotated[
+    str | None,
+    typer.Option("--from", metavar="TWIN", help="Train this twin of MODEL further, instead of making one."),
+]
 Tokens = Annotated[
     int | None, typer.Option("--tokens", min=1, help="Train on so many tokens [300000, without --minutes].")
 ]
@@ -55,6 +59,12 @@ RefitTokens = Annotated[
 HeldOut = Annotated[int, typer.Option("--held-out", help="Tokens to measure on, never trained on.")]
 Sequence = Annotated[int, typer.Option("--sequence", help="Tokens of a step.")]
 LearningRate = Annotated[float, typer.Option("--lr", help="Learning rate.")]
+TextWeight = Annotated[
+    float, typer.Option("--text-weight", help="Of the plain texts themselves, beside MODEL's words on them.")
+]
+BFloat16 = Annotated[
+    bool, typer.Option("--bf16", help="Multiply in bfloat16: faster where the processor does that.")
+]
 Workers = Annotated[
     int,
     typer.Option(
@@ -74,6 +84,7 @@ def command(
     source: Source,
     texts: Texts,
     destination: Destination,
+    start: From = None,
     tokens: Tokens = None,
     minutes: Minutes = None,
     density: Density = 0.25,
@@ -86,6 +97,8 @@ def command(
     held_out: HeldOut = 2048,
     sequence: Sequence = 256,
     lr: LearningRate = 1.5e-4,
+    text_weight: TextWeight = 0.0,
+    bf16: BFloat16 = False,
     workers: Workers = 1,
     threads: Threads = None,
     seed: Seed = 0,
@@ -109,12 +122,18 @@ def command(
             quant, embed=quant_embed, head=quant_embed, attention=quant_attention, down=quant_down
         ),
         shares=parse_shares(shares), refit_tokens=refit_tokens, held_out=held_out, sequence=sequence,
-        lr=lr, workers=workers, threads=threads, seed=seed,
+        lr=lr, text_weight=text_weight, bf16=bf16, workers=workers, threads=threads, seed=seed,
     )  # fmt: skip
-    with _open_source(source) as model:
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(_open_source(source))
+        twin = None if start is None else stack.enter_context(_open_source(start))
         _check_memory(model, settings)
-        with open_relufication(model, texts, destination, settings, overwrite=force, restart=restart) as run:
-            _run(run, keep=keep)
+        run = stack.enter_context(
+            open_relufication(
+                model, texts, destination, settings, start=twin, overwrite=force, restart=restart
+            )
+        )
+        _run(run, keep=keep)
     if json:
         print_json({"path": str(destination), **run.report.to_dict()})
         return

@@ -50,6 +50,8 @@ def command(
     memory: o.Memory = None,
     policy: o.Policy = None,
     hot: o.Hot = None,
+    cold: o.Cold = None,
+    hybrid: o.HybridDetails = None,
     offload: o.OffloadDetails = None,
     sparse_head: o.SparseHead = None,
     trace: o.Trace = None,
@@ -74,9 +76,11 @@ def command(
         frequency_penalty=frequency_penalty, logit_bias=o.parse_bias(logit_bias),
         seed=seed, max_tokens=max_tokens, stop=tuple(stop or ()),
     )  # fmt: skip
+    shared = o.parse_hybrid(backend, cold, hot, hybrid, trace)
     with o.open_engine(
         model, backend=backend, storage=storage, predictor=predictor, context=context, verify=verify,
-        offload=o.parse_offload(memory, policy, hot, offload, trace), sparse_head=sparse_head,
+        offload=o.parse_offload(memory, policy, hot, offload, trace, shared), hybrid=shared, cold=cold,
+        sparse_head=sparse_head,
     ) as engine:  # fmt: skip
         _answer(engine, _prompt_ids(engine, text, system, raw), sampling, json=json, quiet=quiet)
 

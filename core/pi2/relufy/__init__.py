@@ -28,16 +28,18 @@ def open_relufication(
     destination: Path,
     settings: Settings,
     *,
+    start: ModelSource | None = None,
     overwrite: bool = False,
     restart: bool = False,
 ) -> AbstractContextManager[Relufication]:
     """Begin, or go on with, the training of the twin of ``source`` that will lie at ``destination``.
 
+    It begins as ``start``, a twin of ``source`` already, and without a refit; else as ``source`` with ReLU.
     What is done lies in ``<destination>.training``, locked meanwhile; ``restart`` forgets it.
     Raises Pi2Error: PyTorch is missing, the model is sparse already, texts or settings are unusable,
-    ``destination`` is taken, or an earlier training there was of something else.
+    ``start`` is no twin of it, ``destination`` is taken, or an earlier training there was of something else.
     """
     require_torch("relufication")
     from pi2.relufy.run import open_run
 
-    return open_run(source, texts, destination, settings, overwrite=overwrite, restart=restart)
+    return open_run(source, texts, destination, settings, start, overwrite=overwrite, restart=restart)

@@ -137,7 +137,8 @@ class Distiller:
             number, weight = self._sampler.drawn.rows, self.control.weight
             row = self._sampler.next()
         rng = np.random.default_rng([self._settings.seed, 2, number])
-        loss, found = self._loss(network, row, rng, weight)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._settings.bf16):
+            loss, found = self._loss(network, row, rng, weight)
         loss.backward()  # type: ignore[no-untyped-call]
         with self._lock:
             self._apply(leaves, row, found)
@@ -151,27 +152,28 @@ class Distiller:
             theirs = self._original.trace(row)
         ours = network.trace(row)
         chosen = choose_positions(row, s.kl_positions, rng)
-        kl, answers = self._foresight(network, theirs, ours, row, chosen)
+        kl, answers, text = self._foresight(network, theirs, ours, row, chosen)
         mse = torch.stack([_relative_error(ours.streams[d], theirs.streams[d]) for d in self._depths]).mean()
         soft, density = _density(ours, s.softness)
-        loss = kl + s.mse_weight * mse + s.answer_weight * answers + weight * soft
+        loss = kl + s.mse_weight * mse + s.answer_weight * answers + s.text_weight * text + weight * soft
         return loss, {"kl": kl.item(), "mse": mse.item(), "answers": answers.item(), "density": density}
 
     def _foresight(
         self, network: Network, theirs: Trace, ours: Trace, row: Row, chosen: NDArray[np.int64]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean KL at the chosen positions, with cross-entropy where answers are learnt verbatim; and
 
-        the mean cross-entropy of the chosen positions in answers."""
+        the mean cross-entropy of the chosen positions in answers, and of those elsewhere."""
         with torch.no_grad():
-            wanted = F.log_softmax(self._original.logits(theirs.streams[-1][chosen]), -1)
-        found = F.log_softmax(network.logits(ours.streams[-1][chosen]), -1)
+            wanted = F.log_softmax(self._original.logits(theirs.streams[-1][chosen]).float(), -1)
+        found = F.log_softmax(network.logits(ours.streams[-1][chosen]).float(), -1)
         kl = (wanted.exp() * (wanted - found)).sum(-1)
         following = torch.from_numpy(np.roll(row.ids, -1)[chosen])
         nll = -found.gather(1, following[:, None])[:, 0]
         answers = torch.from_numpy(row.answers[chosen])
         kl = torch.where(answers == VERBATIM, _VERBATIM_WEIGHT * nll, kl)
-        return kl.mean(), (nll * (answers > 0)).sum() / (answers > 0).sum().clamp(min=1)
+        last = torch.from_numpy(np.diff(row.documents, append=-1)[chosen] != 0)  # what follows is another's
+        return kl.mean(), _mean(nll, answers > 0), _mean(nll, (answers == 0) & ~last)
 
     def _apply(self, leaves: dict[str, Tensor], row: Row, found: dict[str, float]) -> None:
         """One step of the optimiser with the gradients of ``leaves``, which are used up."""
@@ -224,6 +226,10 @@ def learning_rate(settings: Settings, step: int, share: float) -> float:
 def _depths(n_layers: int) -> list[int]:
     """Five places of the residual stream, evenly spaced, the last one before the last layer."""
     return sorted({max(1, round(n_layers * k / 5)) for k in range(1, 5)} | {max(1, n_layers - 1)})
+
+
+def _mean(values: Tensor, chosen: Tensor) -> Tensor:
+    return (values * chosen).sum() / chosen.sum().clamp(min=1)
 
 
 def _relative_error(ours: Tensor, theirs: Tensor) -> Tensor:

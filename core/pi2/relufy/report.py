@@ -14,6 +14,7 @@ REPORT = "report.json"
 STAGES = {
     "original": "original",
     "swapped": "ReLU, nothing trained",
+    "started": "twin to begin with",
     "refitted": "W_down refitted",
     "twin": "distilled",
 }

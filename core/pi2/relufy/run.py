@@ -32,7 +32,7 @@ from pi2.relufy.report import Report
 from pi2.relufy.sampler import Sampler
 from pi2.relufy.settings import Settings
 from pi2.relufy.sources import TwinSource
-from pi2.relufy.twin import Twin, dtypes_of, load_weights
+from pi2.relufy.twin import Twin, dtypes_of, load_weights, trained
 from pi2.text import TextTokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -49,6 +49,7 @@ def open_run(
     texts: Sequence[Path],
     destination: Path,
     settings: Settings,
+    start: ModelSource | None,
     *,
     overwrite: bool,
     restart: bool,
@@ -56,6 +57,8 @@ def open_run(
     """See :func:`pi2.relufy.open_relufication`."""
     destination = Path(os.path.abspath(destination))  # noqa: PTH100  (resolve() would follow links)
     check_model(source.architecture)
+    if start is not None:
+        check_twin(source.architecture, start.architecture)
     settings.check(len(texts))
     if destination.exists() or destination.is_symlink():
         if not overwrite:
@@ -66,7 +69,7 @@ def open_run(
         if restart:
             for file in place.iterdir():
                 file.unlink()
-        yield Relufication(source, texts, destination, settings, place, overwrite)
+        yield Relufication(source, texts, destination, settings, start, place, overwrite)
 
 
 def check_model(arch: Architecture) -> None:
@@ -75,6 +78,15 @@ def check_model(arch: Architecture) -> None:
         raise UnsupportedModel(
             f"the activation function of this model is {arch.activation} already",
             hint="it has exact zeros as it is: pi2 convert and run it",
+        )
+
+
+def check_twin(arch: Architecture, twin: Architecture) -> None:
+    """Raise UnsupportedModel unless ``twin`` computes what ``arch`` does with ReLU."""
+    if replace(arch, activation="relu", bos_id=twin.bos_id, eos_ids=twin.eos_ids) != twin:
+        raise UnsupportedModel(
+            "the model to begin with is no ReLU twin of this one",
+            hint="give one that pi2 relufy made of it, or leave out --from",
         )
 
 
@@ -87,11 +99,12 @@ class Relufication:
         texts: Sequence[Path],
         destination: Path,
         settings: Settings,
+        start: ModelSource | None,
         place: Path,
         overwrite: bool,
     ) -> None:
         arch = source.architecture
-        self._source, self._settings, self._place = source, settings, place
+        self._source, self._settings, self._start, self._place = source, settings, start, place
         self._destination, self._overwrite = destination, overwrite
         self._tokenizer = TextTokenizer(source.tokenizer_json())
         corpus = read_corpus(
@@ -104,19 +117,22 @@ class Relufication:
         dtypes = dtypes_of(plan_layout(arch, settings.quant), arch)
         weights = load_weights(source)
         self._original = Network(arch, weights)
+        if start is not None:
+            weights = {n: w if trained(n) else weights[n] for n, w in load_weights(start).items()}
         self._twin = Twin(replace(arch, activation="relu"), weights, dtypes)
 
     def compare(self, progress: Progress = _nothing) -> None:
         """Measure the original, and the twin before anything is trained."""
+        begun = "swapped" if self._start is None else "started"
         with _threads(self._settings):
-            for stage, network in (("original", self._original), ("swapped", self._twin.network())):
+            for stage, network in (("original", self._original), (begun, self._twin.network())):
                 if stage not in self.report.stages:
                     self._measure(stage, network, progress)
 
     def refit(self, progress: Progress = _nothing) -> None:
-        """Refit W_down of every layer, and measure."""
+        """Refit W_down of every layer, and measure; not of a twin that there was before."""
         layers, s = self._twin.arch.n_layers, self._settings
-        if not s.refit_tokens or self._checkpoint.exists():
+        if not s.refit_tokens or self._start is not None or self._checkpoint.exists():
             return
         sampler = self._sampler(s.seed + 1)
         rows = [sampler.next() for _ in range(max(1, s.refit_tokens // s.sequence))]
@@ -155,7 +171,8 @@ class Relufication:
 
     def write(self, progress: Progress = _nothing, *, keep: bool = False) -> Path:
         """Write the twin as a pi2 model; then the checkpoint is deleted, unless ``keep``."""
-        twin = TwinSource(self._source, dict(self._twin.arrays()), self.report.notes())
+        before = () if self._start is None else self._start.notes
+        twin = TwinSource(self._source, dict(self._twin.arrays()), (*before, *self.report.notes()))
         path = convert(twin, self._destination, self._settings.quant, progress, overwrite=self._overwrite)
         if not keep:
             wp.remove(self._place)
@@ -200,8 +217,8 @@ class Relufication:
         found = Report.load(self._place)
         if found is not None and found.fingerprint != fingerprint:
             raise OptionError(
-                f"the training in {self._place} is of another model, or has other texts or another --quant,"
-                " --sequence, --held-out or --seed",
+                f"the training in {self._place} is of another model, or has other texts or another --from,"
+                " --quant, --sequence, --held-out or --seed",
                 hint="repeat what it was begun with, or begin again with --restart",
             )
         return found or Report(fingerprint, self._source.architecture.activation, texts, held_out)
@@ -211,8 +228,9 @@ class Relufication:
         s = self._settings
         what = [self._source.architecture.to_dict(), texts, asdict(s.quant), s.sequence, s.held_out, s.seed]
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode())
-        for name in inventory.dense_vectors(self._source.architecture):
-            digest.update(self._source.vector(name).tobytes())
+        for source in filter(None, (self._source, self._start)):
+            for name in inventory.dense_vectors(source.architecture):
+                digest.update(source.vector(name).tobytes())
         return digest.hexdigest()
 
     def _restore(self, distiller: Distiller) -> None:

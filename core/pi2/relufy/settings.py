@@ -14,7 +14,8 @@ class Settings:
 
     The loss is KL to the original's next-token distribution at ``kl_positions`` of the positions (answers
     of conversations first), + ``mse_weight`` x the relative squared error of the residual stream at five
-    depths, + ``answer_weight`` x cross-entropy on answers, + the push towards ``density``.
+    depths, + ``answer_weight`` x cross-entropy on answers, + ``text_weight`` x that on plain text, + the push
+    towards ``density``.
     """
 
     tokens: int | None = 300_000
@@ -35,9 +36,10 @@ class Settings:
     lr_end: float = 4e-6
     warm_up: int = 40
     """Steps until the learning rate is reached."""
-    kl_positions: float = 0.5
+    kl_positions: float = 1.0
     mse_weight: float = 0.3
     answer_weight: float = 0.07
+    text_weight: float = 0.0
     clip: float = 1.0
     """Largest norm of a step's gradient."""
     sequence: int = 256
@@ -54,6 +56,8 @@ class Settings:
     """Threads that train at the same time, each on a row of its own; more than one is not repeatable."""
     threads: int | None = None
     """Threads of each worker's arithmetic; None: all cores for one worker, else one."""
+    bf16: bool = False
+    """Whether matrices are multiplied in bfloat16: faster where the processor does that."""
     seed: int = 0
     checkpoint_s: float = 600.0
     """Seconds between two checkpoints."""

@@ -19,6 +19,11 @@ from pi2.tensor import F32, DType
 _FROZEN = ("embed.", "head.")
 
 
+def trained(name: str) -> bool:
+    """Whether a weight is trained: all but embedding and head are."""
+    return not name.startswith(_FROZEN)
+
+
 def load_weights(source: ModelSource) -> dict[str, Tensor]:
     """All weights of a model as float32, by canonical name."""
     arch = source.architecture
@@ -58,7 +63,7 @@ class Twin:
     ) -> None:
         self.arch = arch
         self._dtypes = dtypes
-        self.masters = {n: w.clone() for n, w in weights.items() if not n.startswith(_FROZEN)}
+        self.masters = {n: w.clone() for n, w in weights.items() if trained(n)}
         self.shown = {n: rounded(self.masters.get(n, w), self._dtype(n)) for n, w in weights.items()}
 
     def network(self) -> Network:

@@ -14,6 +14,7 @@ from numpy.random import Generator
 from pi2.api import Backend
 from pi2.tensor import F32, Ids, Tensor
 from pi2.testing import reference
+from pi2.testing.asynchronous import AsyncFfnTests
 from pi2.testing.attention import AttentionTests
 from pi2.testing.plugin import examples
 from pi2.testing.slab import SlabTests
@@ -74,7 +75,7 @@ def same_bits(a: F32, b: F32) -> bool:
     return a.tobytes() == b.tobytes()
 
 
-class BackendTests(AttentionTests, SlabTests, StreamingTests):
+class BackendTests(AsyncFfnTests, AttentionTests, SlabTests, StreamingTests):
     """Everything that ``pi2.api.Backend`` promises, and its optional powers where they are had.
 
     class TestMine(BackendTests):

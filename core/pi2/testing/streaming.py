@@ -35,8 +35,7 @@ class StreamCase:
     slab: SlabCase
     plan: U8
     """(neurons of the FFN,) What the slot of each holds before the call."""
-    two_phase: bool
-    cluster: int
+    how: dict[str, Any]
     patience: int
     rng: Generator
 
@@ -48,8 +47,9 @@ def stream_cases(draw: DrawFn) -> StreamCase:
     kinds = (SlotState.EMPTY, SlotState.GATE, SlotState.PRESENT, _LOADING)
     chosen = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=4))
     plan = rng.choice(np.array(chosen, np.uint8), len(slab.ffn.bundles))
-    cluster = draw(st.sampled_from((1, 3, 16, 1000)))
-    return StreamCase(slab, plan, draw(st.booleans()), cluster, draw(st.sampled_from((0, 1, 4))), rng)
+    how: dict[str, Any] = {name: draw(st.booleans()) for name in ("two_phase", "overlap", "bundled")}
+    how["cluster"] = draw(st.sampled_from((1, 3, 16, 1000)))
+    return StreamCase(slab, plan, how, draw(st.sampled_from((0, 1, 4))), rng)
 
 
 class Running:
@@ -70,8 +70,8 @@ class Running:
                 end = self.gate_end if state == SlotState.GATE else bundles.shape[1]
                 self.slab[slot, :end] = bundles[row, :end]
                 self.states[slot] = state
-        options = {"two_phase": case.two_phase, "cluster": case.cluster, "trace": trace}
-        self.stream = backend.open_stream(self.handle, self.states, self.flash.abi_address(), **options)
+        address = self.flash.abi_address()
+        self.stream = backend.open_stream(self.handle, self.states, address, trace=trace, **case.how)
         loading = plan == _LOADING
         self.guessed, self.guessed_slots = rows[loading], slots[loading]
 

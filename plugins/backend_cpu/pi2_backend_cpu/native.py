@@ -107,6 +107,7 @@ def library() -> ctypes.CDLL | None:
     rows = [c_void_p, c_int64]  # int32 numbers or NULL, and how many rows
     call = [c_void_p, c_int64, *rows, c_void_p]  # x, n, rows, out
     chosen = [c_void_p, c_void_p, c_int64]  # neurons, slots, how many
+    how = [c_int32, c_int64, c_int32, c_int32, c_int32]  # two_phase, cluster, trace, overlap, bundled
     streamed, failed = [c_void_p, POINTER(Place), *chosen], POINTER(Failure)
     cache = [c_void_p, c_void_p, c_int32, c_int64, c_int64]  # keys, values, dtype, room, start
     attention = [c_void_p, c_int64, *cache, c_void_p, c_void_p, c_void_p]  # x, n, cosines, sines, out
@@ -120,7 +121,7 @@ def library() -> ctypes.CDLL | None:
         "pi2_cpu_slab_ffn": (c_int64, [c_void_p, POINTER(Ffn), c_void_p, c_int64, *chosen, c_void_p]),
         "pi2_cpu_stream_open": (
             c_void_p,
-            [c_void_p, POINTER(Ffn), c_void_p, c_int64, c_void_p, c_int64, c_int32, c_int64, c_int32],
+            [c_void_p, POINTER(Ffn), c_void_p, c_int64, c_void_p, c_int64, *how],
         ),
         "pi2_cpu_stream_ffn": (c_int32, [*streamed, c_void_p, c_void_p, POINTER(StreamCount), failed]),
         "pi2_cpu_stream_prefetch": (c_int32, [*streamed, failed]),

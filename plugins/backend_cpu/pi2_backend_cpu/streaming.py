@@ -49,11 +49,12 @@ class Streaming:
         return active
 
     def open_stream(
-        self, slab: Slab, states: U8, storage: int, *, two_phase: bool, cluster: int, trace: bool
-    ) -> Stream:
+        self, slab: Slab, states: U8, storage: int, *, two_phase: bool, cluster: int, trace: bool,
+        overlap: bool = True, bundled: bool = True,
+    ) -> Stream:  # fmt: skip
         address: int | None = self._lib.pi2_cpu_stream_open(
             self._cpu, slab.struct, states.ctypes.data, len(states), storage, slab.page, two_phase,
-            max(1, cluster), trace,
+            max(1, cluster), trace, overlap, bundled,
         )  # fmt: skip
         if address is None:
             raise PluginError(

@@ -99,10 +99,11 @@ typedef struct { /* pi2.powers.SPANS; cluster is the id of its first neuron */
 } pi2_span;
 
 /* `slab` has `slots` bundles, and `count` neurons an FFN; states (slots) are pi2.powers.SlotState.  Gates are
- * read apart in whole pages of `page` bytes.  NULL: `abi` is of another version. */
+ * read apart in whole pages of `page` bytes.  `overlap` 0: nothing is computed while something is being read;
+ * `bundled` 0: a read a row, matrix by matrix.  NULL: `abi` is of another version. */
 PI2_API pi2_stream* pi2_cpu_stream_open(pi2_cpu* cpu, const pi2_ffn* slab, uint8_t* states, int64_t slots,
                                         const pi2_storage_abi* abi, int64_t page, int32_t two_phase,
-                                        int64_t cluster, int32_t trace);
+                                        int64_t cluster, int32_t trace, int32_t overlap, int32_t bundled);
 /* 0, or the errno that `failure` has: then all that was begun is over, and what was not read is EMPTY. */
 PI2_API int32_t pi2_cpu_stream_ffn(pi2_stream* stream, const pi2_place* place, const int32_t* neurons,
                                    const int32_t* slots, int64_t k, const float* x, float* out,

@@ -50,6 +50,12 @@ bool Pipeline::can_submit() const {
   return !failed_ && !submitting_ && !waiting_.empty() && in_flight_.size() < kInFlight;
 }
 
+void Pipeline::bytes(const Unit& unit, int64_t* first, int64_t* last) const {
+  if (unit.kind == Kind::kWhole && !s_.bundled) return s_.rows(unit.part, first, last);
+  *first = unit.kind == Kind::kRest ? s_.split : 0;
+  *last = unit.kind == Kind::kGates ? s_.split : s_.f.stride;
+}
+
 void Pipeline::begin_work() {
   if (working_++ == 0) count_.wait_s += now() - idle_since_;
 }
@@ -71,8 +77,8 @@ void Pipeline::submit(Lock& lock) {
       neurons.push_back(candidates_.ids[order_[i]]);
       slots.push_back(slot(order_[i]));
     }
-    const int64_t first = unit.kind == Kind::kRest ? s_.split : 0;
-    const int64_t last = unit.kind == Kind::kGates ? s_.split : s_.f.stride;
+    int64_t first, last;
+    bytes(unit, &first, &last);
     pi2_storage_failure failure{0, -1};
     unit.start = now();
     unit.ticket = s_.submit(place_, neurons.data(), slots.data(), unit.count, first, last, PI2_STORAGE_DEMAND,
@@ -91,7 +97,7 @@ void Pipeline::submit(Lock& lock) {
 }
 
 bool Pipeline::take(Unit* unit) {
-  if (failed_) return false;
+  if (failed_ || (!s_.overlap && reading())) return false;
   for (auto* queue : {&ready_, &residents_, &downs_}) {
     if (queue->empty()) continue;
     *unit = queue->front();
@@ -199,10 +205,15 @@ void Pipeline::arrived(Unit unit, int32_t code, const pi2_storage_failure& failu
       return;
     }
   } else if (code == 0) {
-    const int64_t first = unit.kind == Kind::kRest ? s_.split : 0;
-    const int64_t last = unit.kind == Kind::kGates ? s_.split : s_.f.stride;
+    int64_t first, last;
+    bytes(unit, &first, &last);
     count_.reads += unit.count;
     count_.bytes_read += unit.count * (last - first);
+    if (last < s_.f.stride && unit.kind == Kind::kWhole) {  // on to the next matrix
+      ++unit.part;
+      waiting_.push_back(unit);
+      return;
+    }
     for (int64_t i = unit.first; i < unit.first + unit.count; ++i)
       state(order_[i]) = unit.kind == Kind::kGates ? kGate : kPresent;
   } else {

@@ -29,6 +29,7 @@ class Pipeline {
     int64_t range = 0, first = 0, count = 0;  // candidates order_[first .. first + count)
     int64_t ticket = 0;
     int32_t prefetch = 0;
+    int part = 0;  // matrix that is being read, if a neuron is not one read
     double start = 0;
   };
   using Lock = std::unique_lock<std::mutex>;
@@ -42,6 +43,9 @@ class Pipeline {
   void work(uint8_t thread);
   bool over() const { return left_ == 0 || (failed_ && in_flight_.empty()); }
   bool can_submit() const;
+  bool reading() const { return submitting_ || !waiting_.empty() || !in_flight_.empty(); }
+  // Bytes of a bundle that the read of a unit brings.
+  void bytes(const Unit& unit, int64_t* first, int64_t* last) const;
   void submit(Lock& lock);
   bool take(Unit* unit);
   void compute(Lock& lock, Unit unit, uint8_t thread);

@@ -37,6 +37,7 @@ Pipeline::Unit Pipeline::append(Kind kind, int64_t range, const int32_t* which, 
   unit.range = range;
   unit.first = static_cast<int64_t>(order_.size());
   unit.count = count;
+  unit.part = s_.f.gate == PI2_NONE ? 1 : 0;
   order_.insert(order_.end(), which, which + count);
   return unit;
 }

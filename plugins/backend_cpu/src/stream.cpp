@@ -25,6 +25,12 @@ int64_t next_group(const pi2_stream& s, const int32_t* neurons, int64_t first, i
 
 }  // namespace
 
+void pi2_stream::rows(int part, int64_t* first, int64_t* last) const {
+  const int64_t ends[] = {0, f.gate == PI2_NONE ? 0 : f.up_offset, f.down_offset, f.stride};
+  *first = ends[part];
+  *last = ends[part + 1];
+}
+
 int64_t pi2_stream::submit(const pi2_place& place, const int32_t* neurons, const int32_t* into, int64_t k,
                            int64_t first, int64_t last, int32_t priority,
                            pi2_storage_failure* failure) const {
@@ -44,7 +50,7 @@ int64_t pi2_stream::settle(pi2::Prefetch& prefetch, bool read) {
 
 extern "C" pi2_stream* pi2_cpu_stream_open(pi2_cpu* cpu, const pi2_ffn* slab, uint8_t* states, int64_t slots,
                                            const pi2_storage_abi* abi, int64_t page, int32_t two_phase,
-                                           int64_t cluster, int32_t trace) {
+                                           int64_t cluster, int32_t trace, int32_t overlap, int32_t bundled) {
   if (abi->version != PI2_STORAGE_ABI_VERSION || abi->size < sizeof(pi2_storage_abi)) return nullptr;
   const int64_t split = split_of(*slab, page);
   return new pi2_stream{cpu,
@@ -56,6 +62,8 @@ extern "C" pi2_stream* pi2_cpu_stream_open(pi2_cpu* cpu, const pi2_ffn* slab, ui
                         cluster,
                         two_phase != 0 && split != 0,
                         trace != 0,
+                        overlap != 0,
+                        bundled != 0,
                         {},
                         std::vector<int32_t>(static_cast<size_t>(slots)),
                         {}};

@@ -32,11 +32,15 @@ struct pi2_stream {
   int64_t split;  // bytes of a bundle that are read first, whole pages with the gate in them; 0: never apart
   int64_t cluster;  // neurons
   bool two_phase, trace;
+  bool overlap;  // compute while others are being read
+  bool bundled;  // a neuron is one read; else a read a row, one matrix after the other
   std::vector<pi2::Prefetch> prefetches;
   std::vector<int32_t> prefetch_of;  // (slots): while LOADING, a place in prefetches
   std::vector<pi2_span> spans;
   bool hangs = false;  // the device has not answered in time and may yet write anywhere: no more calls
 
+  // Bytes [first, last) of a bundle that hold its rows of matrix `part` (gate, up, down): all of it together.
+  void rows(int part, int64_t* first, int64_t* last) const;
   uint8_t* bundle(int32_t slot) const { return const_cast<uint8_t*>(f.bundles) + slot * f.stride; }
   // Starts to read bytes [first, last) of k bundles; 0 with `failure` filled if that cannot be.
   int64_t submit(const pi2_place& place, const int32_t* neurons, const int32_t* slots, int64_t k,

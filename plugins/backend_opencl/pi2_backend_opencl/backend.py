@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from pi2.accelerator import FfnDone
 from pi2.api import Backend, FfnSpec, Probe
+from pi2.attention import AttentionSpec
 from pi2.errors import OptionError, PluginError
+from pi2.kv_cache import Kv, KvDType
 from pi2.tensor import F32, U8, Ids, Tensor
 
-from pi2_backend_opencl import matrix, neurons, selftest
+from pi2_backend_opencl import attention, matrix, neurons, plans, trials
 from pi2_backend_opencl.caps import load_profile, resolve
 from pi2_backend_opencl.device import choose_device, device_errors, find_devices
 
@@ -54,9 +58,10 @@ class OpenclBackend(Backend):
         folder = Path.home() / _CACHE if cache is None else Path(cache) if cache else None
         variant = resolve(found.caps, wanted)
         self._integers = activations == "int8"
+        self.kv_dtype: KvDType = np.float16 if self._integers else np.float32
         if self._integers:
             self.tolerance = _ROUNDED  # type: ignore[misc]  # of this one
-        self._device, self._remarks = selftest.first_that_works(found, variant, folder)
+        self._device, self._remarks = trials.first_that_works(found, variant, folder)
         self._profile, self._activations = profile, activations
 
     def describe(self) -> str:
@@ -66,7 +71,7 @@ class OpenclBackend(Backend):
             parts.append(f"kernels for {self._profile}")
         if variant.emulated:
             parts.append(f"EMULATED: {', '.join(variant.emulated)}")
-        return ", ".join([*parts, *self._remarks])
+        return ", ".join([*parts, self._device.vendor.launches, *self._remarks, *self._device.remarks])
 
     def close(self) -> None:
         self._device.close()
@@ -93,6 +98,41 @@ class OpenclBackend(Backend):
             raise PluginError(f"opencl has no kernel for {spec.activation}", hint="use another backend")
         with device_errors(self._device.name):
             return neurons.place_ffn(self._device, bundles, spec)
+
+    def prepare_ffn(self, ffn: neurons.Ffn, tokens: int, count: int) -> None:
+        """Records the launches of this shape (pi2.powers.SupportsAsyncFfn)."""
+        if tokens <= plans.MOST_TOKENS:
+            with suppress(PluginError), device_errors(self._device.name):
+                plans.plan_for(self._device, ffn, tokens, count, integers=self._integers)
+
+    def begin_ffn(self, ffn: neurons.Ffn, x: F32, count: int) -> plans.Ticket:
+        device, tokens = self._device, len(x)
+        with device_errors(device.name):
+            if tokens > plans.MOST_TOKENS:
+                return plans.ManyTokens(device, ffn, x, count, integers=self._integers)
+            return plans.plan_for(device, ffn, tokens, count, integers=self._integers).begin(x)
+
+    def finish_ffn(self, ticket: plans.Ticket, out: F32) -> FfnDone:
+        with device_errors(self._device.name):
+            return ticket.finish(out)
+
+    def cancel_ffn(self, ticket: plans.Ticket) -> None:
+        ticket.cancel()
+
+    def place_attention(self, spec: AttentionSpec) -> attention.Block:
+        with device_errors(self._device.name):
+            return attention.place_attention(self._device, spec)
+
+    def attention(self, block: attention.Block, x: F32, keys: Kv, values: Kv, start: int, out: F32) -> None:
+        """Scores of many tokens on the device, of a single one on the host (pi2.powers.SupportsAttention)."""
+        with device_errors(self._device.name):
+            attention.attention(self._device, block, x, keys, values, start, out, integers=self._integers)
+
+    def release(self, handle: object) -> None:
+        if isinstance(handle, neurons.Ffn):
+            for plan in handle.plans.values():
+                plan.release()
+            handle.plans.clear()
 
     def ffn(self, ffn: neurons.Ffn, x: F32, out: F32, rows: Ids | None = None) -> int:
         with device_errors(self._device.name):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyopencl as cl
@@ -17,6 +17,7 @@ from pi2.tensor import U8
 
 from pi2_backend_opencl.caps import Caps, Variant, from_device
 from pi2_backend_opencl.programs import Programs
+from pi2_backend_opencl.vendors import Vendor, vendor_of
 
 _FLAGS = cl.mem_flags
 _WORDS = cl.ImageFormat(cl.channel_order.RGBA, cl.channel_type.UNSIGNED_INT32)
@@ -96,15 +97,38 @@ def device_errors(name: str) -> Iterator[None]:
     """Turns what a driver raises into one error that says what to do."""
     try:
         yield
-    except cl.MemoryError:
-        raise PluginError(
-            f"{name} has no memory left", hint="use a smaller model, a shorter context, or another backend"
-        ) from None
     except cl.Error as e:
+        if isinstance(e, cl.MemoryError) or "INVALID_BUFFER_SIZE" in str(e):
+            raise PluginError(
+                f"{name} has no memory left",
+                hint="use a smaller model, a shorter context, or another backend",
+            ) from None
         first = (str(e).splitlines() or [type(e).__name__])[0]
         raise PluginError(
             f"{name} failed: {first[:200]}", hint="the device may be lost; use --backend cpu"
         ) from None
+
+
+class Kernels(Protocol):
+    """Where kernels come from: ``Programs``, or for a plan its own."""
+
+    def kernel(self, file: str, name: str, variant: Variant, **macros: int) -> Any: ...
+
+
+class Work(Protocol):
+    """What computing an FFN asks of a device, or of a plan that notes it down for later."""
+
+    variant: Variant
+    nothing: Any
+
+    @property
+    def programs(self) -> Kernels: ...
+
+    def scratch(self, name: str, nbytes: int) -> Any: ...
+
+    def send(self, name: str, data: NDArray[Any]) -> Any: ...
+
+    def run(self, kernel: Any, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> None: ...
 
 
 class Device:
@@ -112,11 +136,20 @@ class Device:
 
     def __init__(self, found: Found, variant: Variant, cache: Path | None) -> None:
         self.name, self.caps, self.variant = found.name, found.caps, variant
+        self._cl_device = found.device
+        self.vendor = self._memory = vendor_of(found.device)
+        self.remarks: list[str] = []
+        """What runs in a plainer way than it should."""
         with device_errors(self.name):
-            self._context = cl.Context([found.device])
-            self.queue = cl.CommandQueue(self._context)
+            self._context = self.vendor.context()
+            self.queue = cl.CommandQueue(
+                self._context, properties=cl.command_queue_properties.PROFILING_ENABLE
+            )
         self.programs = Programs(self._context, found.device, cache)
         self._scratch: dict[str, Any] = {}
+        self._lasting: dict[tuple[str, int], Any] = {}
+        self.sent: list[Any] = []
+        """Events of what was sent since the last ``fetch``; they hold the arrays."""
         self._images: dict[int, Any] = {}
         self.nothing = cl.Buffer(self._context, _FLAGS.READ_WRITE, 64)
         """Stands for a buffer that a kernel does not look at."""
@@ -162,15 +195,66 @@ class Device:
         return buffer
 
     def send(self, name: str, data: NDArray[Any]) -> Any:
-        """Scratch with ``data`` in it."""
+        """Scratch that will have ``data`` in it, which must stay as it is until something is fetched."""
         buffer = self.scratch(name, data.nbytes)
         if data.nbytes:
-            cl.enqueue_copy(self.queue, buffer, np.ascontiguousarray(data), is_blocking=True)
+            sent = cl.enqueue_copy(self.queue, buffer, np.ascontiguousarray(data), is_blocking=False)
+            self.sent.append(sent)  # holds the array
         return buffer
+
+    def clear(self, buffer: Any, nbytes: int) -> None:
+        """Zeros into the buffer's start."""
+        cl.enqueue_fill_buffer(self.queue, buffer, np.zeros(1, np.float32), 0, nbytes)
 
     def fetch(self, buffer: Any, into: NDArray[Any]) -> None:
         """Wait for all that was enqueued, and copy the buffer's start."""
         cl.enqueue_copy(self.queue, into, buffer, is_blocking=True)
+        self.sent.clear()
+
+    def fetch_later(self, buffer: Any, into: NDArray[Any]) -> Any:
+        """The same, without waiting: an event."""
+        event = cl.enqueue_copy(self.queue, into, buffer, is_blocking=False)
+        self.queue.flush()
+        return event
+
+    def settle(self) -> None:
+        """Wait until nothing is enqueued."""
+        self.queue.finish()
+        self.sent.clear()
+
+    def give_up_recording(self, reason: str) -> None:
+        """From now on every kernel is launched by itself."""
+        self.remarks.append(f"FELL BACK from {self.vendor.launches}: {reason}")
+        self.vendor = Vendor(self._cl_device)
+
+    def lasting(self, name: str, nbytes: int) -> Any:
+        """A buffer in memory that the host shares if it can; it stays for whoever asks for the same."""
+        key = name, max(nbytes, 64)
+        if key not in self._lasting:
+            flags = _FLAGS.READ_WRITE | _FLAGS.ALLOC_HOST_PTR
+            own = self._memory.shared_memory(self._context, key[1])
+            self._lasting[key] = own or cl.Buffer(self._context, flags, key[1])
+        return self._lasting[key]
+
+    def put(self, buffer: Any, data: NDArray[Any]) -> Any:
+        """Write ``data`` to the start of a ``lasting`` buffer, in place; the event of its handing over."""
+        mapped, _ = cl.enqueue_map_buffer(
+            self.queue, buffer, cl.map_flags.WRITE, 0, data.shape, data.dtype, is_blocking=True
+        )
+        mapped[...] = data
+        return mapped.base.release(self.queue)
+
+    def look(self, buffer: Any, nbytes: int) -> tuple[U8, Any]:
+        """The start of a ``lasting`` buffer, in place, from the event on until ``unlook``."""
+        mapped, event = cl.enqueue_map_buffer(
+            self.queue, buffer, cl.map_flags.READ, 0, (nbytes,), np.uint8, is_blocking=False
+        )
+        self.queue.flush()
+        return mapped, event
+
+    def unlook(self, mapped: Any) -> None:
+        """Give back what ``look`` gave."""
+        mapped.base.release(self.queue)
 
     def as_inputs(self, buffer: Any) -> Any | None:
         """The buffer as an image of four floats a texel, or None where that cannot be."""
@@ -193,3 +277,5 @@ class Device:
         for buffer in self._scratch.values():
             buffer.release()
         self._scratch.clear()
+        self._lasting.clear()
+        self._memory.close()

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pi2.tensor import F32, Ids, Tensor
 
 from pi2_backend_opencl.caps import LANES
-from pi2_backend_opencl.device import Device
+from pi2_backend_opencl.device import Device, Work
 from pi2_backend_opencl.layout import CODES, GROUP, PLANES, Shape, clustered
 
 TOKENS = 4
@@ -79,18 +79,21 @@ def _kind(device: Device, shape: Shape, most: int) -> tuple[int, int]:
 
 def send_inputs(device: Device, x: F32, *, integers: bool) -> Inputs:
     """Activations (n, cols) to the device, padded with zeros to whole groups."""
-    n, cols = x.shape
-    groups = -(-cols // GROUP)
-    if groups * GROUP != cols:
-        padded = np.zeros((n, groups * GROUP), np.float32)
-        padded[:, :cols] = x
-        x = padded
+    x = padded(x)
+    n = len(x)
     buffer = device.send("x", x)
     quantised = None
     if integers and n == 1:
         quants, scales, sums = quantise(x[0])
         quantised = (device.send("xq", quants), device.send("xs", scales), device.send("xsum", sums))
     return Inputs(n, buffer, device.as_inputs(buffer), quantised)
+
+
+def padded(x: F32) -> F32:
+    """(n, cols) with zeros behind, to whole groups."""
+    n, cols = x.shape
+    missing = -cols % GROUP
+    return x if missing == 0 else np.concatenate((x, np.zeros((n, missing), np.float32)), axis=1)
 
 
 def quantise(x: F32) -> tuple[NDArray[np.int8], F32, NDArray[np.int32]]:
@@ -104,24 +107,24 @@ def quantise(x: F32) -> tuple[NDArray[np.int8], F32, NDArray[np.int32]]:
     return quants.ravel(), scales.astype(np.float32), quants.sum(axis=1, dtype=np.int32)
 
 
-def multiply(device: Device, matrix: Matrix, x: Inputs, rows: Ids | None, y: Any, stride: int) -> None:
-    """Enqueue y[t * stride + j] = row ``rows[j]`` (or j) . x[t]; y is a buffer of floats."""
+def multiply(device: Work, matrix: Matrix, x: Inputs, rows: Ids | None, y: Any, count: int) -> None:
+    """Enqueue y[t * count + j] = row ``rows[j]`` (or j) . x[t], j < ``count``; y is a buffer of floats."""
     for number, shard in enumerate(matrix.shards):
-        first, n, ids = shard.first, shard.rows, device.nothing
+        first, n, ids = shard.first, min(shard.rows, count - shard.first), device.nothing
         if rows is not None:
             first, end = np.searchsorted(rows, (shard.first, shard.first + shard.rows)).tolist()
             n = end - first
             if n:
                 ids = device.send(f"rows{number}", rows[first:end])
-        if n:
+        if n > 0:
             _multiply_shard(
-                device, matrix, shard, x, (ids, int(rows is not None), shard.first, n), y, stride, first
+                device, matrix, shard, x, (ids, int(rows is not None), shard.first, n), y, count, first
             )
 
 
 def _multiply_shard(
-    device: Device, matrix: Matrix, shard: Shard, x: Inputs, which: tuple[Any, int, int, int],
-    y: Any, stride: int, first: int,
+    device: Work, matrix: Matrix, shard: Shard, x: Inputs, which: tuple[Any, int, int, int],
+    y: Any, count: int, first: int,
 ) -> None:  # fmt: skip
     variant, shape = device.variant, matrix.shape
     dtype = CODES[shape.dtype]
@@ -141,5 +144,5 @@ def _multiply_shard(
     kernel = device.programs.kernel("rows", "rows_times", variant, **macros)
     device.run(
         kernel, (lanes, variant.splits, -(-x.tokens // tokens)), group,
-        shard.words, shard.scales, shape.groups, inputs, x.tokens, *which, y, stride, first,
+        shard.words, shard.scales, shape.groups, inputs, x.tokens, *which, y, count, first,
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,9 @@ from pi2.api import FfnSpec
 from pi2.tensor import F32, U8, DType, Ids, Tensor
 
 from pi2_backend_opencl.caps import LANES
-from pi2_backend_opencl.device import Device
+from pi2_backend_opencl.device import Device, Work
 from pi2_backend_opencl.layout import CODES, padded_rows
-from pi2_backend_opencl.matrix import TOKENS, Matrix, multiply, place_matrix, send_inputs
+from pi2_backend_opencl.matrix import TOKENS, Inputs, Matrix, multiply, place_matrix, send_inputs
 
 ACTIVATIONS = {"relu": 0, "relu2": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
 _PAGE = 4096
@@ -43,6 +44,8 @@ class Ffn:
     up_relu: bool
     kept: U8 | None
     """The caller's bytes, where the device reads them in place."""
+    plans: dict[tuple[int, int], Any] = field(default_factory=dict)
+    """What was made ready: (tokens, neurons) -> ``plans.Plan``."""
 
 
 def place_ffn(device: Device, bundles: U8, spec: FfnSpec) -> Ffn:
@@ -74,8 +77,11 @@ def place_ffn(device: Device, bundles: U8, spec: FfnSpec) -> Ffn:
 def _place_down(device: Device, bundles: U8, spec: FfnSpec) -> tuple[list[DownShard], U8 | None]:
     g = spec.geometry
     offset, size = g.segments()["down"]
+    step = _PAGE // math.gcd(g.stride, _PAGE)  # rows between those that begin at a page, as a shard has to
+    limit = device.variant.limits.max_allocation
     shared = (
         device.caps.unified_memory
+        and min(step, len(bundles)) * g.stride <= limit
         and g.d_model % 32 == 0
         and bundles.flags.c_contiguous
         and bundles.ctypes.data % _PAGE == 0  # else drivers copy
@@ -87,9 +93,9 @@ def _place_down(device: Device, bundles: U8, spec: FfnSpec) -> tuple[list[DownSh
         own = Tensor(np.ascontiguousarray(bundles[:, offset : offset + size]), g.down, g.d_model)
         rows, place = padded_rows(own), 0
         stride = rows.shape[1]
-    most = max(1, device.variant.limits.max_allocation // max(stride, 1))
-    if shared and most < len(rows):  # every shard has to begin at a page
-        most = max(_PAGE, most // _PAGE * _PAGE)
+    most = max(1, limit // max(stride, 1))
+    if shared and most < len(rows):
+        most = most // step * step
     make = device.shared if shared else device.fixed
     shards = [
         DownShard(first, len(part), make(part), stride, place)
@@ -105,15 +111,43 @@ def compute(device: Device, ffn: Ffn, x: F32, out: F32, rows: Ids | None, *, int
     if n == 0 or len(x) == 0:
         out[:] = 0
         return 0
-    return sum(
-        _some_tokens(device, ffn, x[t : t + _MOST_TOKENS], out[t : t + _MOST_TOKENS], rows, n, integers)
-        for t in range(0, len(x), _MOST_TOKENS)
-    )
+    active = 0
+    for some in pieces(x):
+        output = enqueue(device, ffn, send_inputs(device, x[some], integers=integers), rows, n)
+        raw = np.empty(output.nbytes, np.uint8)
+        device.fetch(output.buffer, raw)
+        active += output.take(raw, out[some])
+    return active
 
 
-def _some_tokens(device: Device, ffn: Ffn, x: F32, out: F32, rows: Ids | None, n: int, integers: bool) -> int:
-    tokens = len(x)
-    inputs = send_inputs(device, x, integers=integers)
+def pieces(x: F32) -> list[slice]:
+    """Tokens that are computed at a time."""
+    return [slice(t, t + _MOST_TOKENS) for t in range(0, len(x), _MOST_TOKENS)]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A buffer with results (tokens, width), and behind them counts of activations."""
+
+    buffer: Any
+    tokens: int
+    width: int
+    counts: int
+
+    @property
+    def nbytes(self) -> int:
+        return 4 * (self.tokens * self.width + self.counts)
+
+    def take(self, raw: U8, out: F32) -> int:
+        """Bring the bytes of the buffer to ``out`` (tokens, d_model); how many neurons were active."""
+        end = 4 * self.tokens * self.width
+        out[:] = raw[:end].view(np.float32).reshape(self.tokens, self.width)[:, : out.shape[1]]
+        return int(raw[end : self.nbytes].view(np.int32).sum())
+
+
+def enqueue(device: Work, ffn: Ffn, inputs: Inputs, rows: Ids | None, n: int) -> Output:
+    """All launches of an FFN over ``rows``, or its first ``n`` neurons."""
+    tokens, width = inputs.tokens, -(-ffn.d_model // 32) * 32
     up = device.scratch("up", 4 * tokens * n)
     multiply(device, ffn.up, inputs, rows, up, n)
     hidden = up
@@ -121,35 +155,36 @@ def _some_tokens(device: Device, ffn: Ffn, x: F32, out: F32, rows: Ids | None, n
         hidden = device.scratch("gate", 4 * tokens * n)
         multiply(device, ffn.gate, inputs, rows, hidden, n)
     ids = device.nothing if rows is None else device.send("rows", rows)
-    has_rows = int(rows is not None)
-    active = device.send("active", np.zeros(1, np.int32))
+    groups = -(-n // LANES)
+    first = tokens * width
+    result = device.scratch("out", 4 * (first + tokens * groups))
     combine = device.programs.kernel("neurons", "combine", device.variant)
     device.run(
-        combine, (-(-n // LANES) * LANES, tokens), (LANES, 1),
+        combine, (groups * LANES, tokens), (LANES, 1),
         hidden, up, int(ffn.gate is not None), ffn.activation, int(ffn.up_relu),
         device.nothing if ffn.biases is None else ffn.biases, int(ffn.biases is not None),
-        ids, has_rows, n, tokens, active,
+        ids, int(rows is not None), n, result, first,
     )  # fmt: skip
-    _add_down(device, ffn, hidden, n, tokens, rows, ids, out)
-    count = np.empty(1, np.int32)
-    device.fetch(active, count)
-    return int(count[0])
+    _add_down(device, ffn, hidden, n, tokens, rows, ids, result)
+    return Output(result, tokens, width, tokens * groups)
 
 
 def _add_down(
-    device: Device, ffn: Ffn, hidden: Any, n: int, tokens: int, rows: Ids | None, ids: Any, out: F32
+    device: Work, ffn: Ffn, hidden: Any, n: int, tokens: int, rows: Ids | None, ids: Any, result: Any
 ) -> None:
     variant = device.variant
     groups = -(-ffn.d_model // 32)
     each = 1 if tokens == 1 else TOKENS
     macros = {"DTYPE": CODES[ffn.down_dtype], "TOKENS": each}
-    kernel = device.programs.kernel("down", "add_down", variant, **macros)
-    result = device.scratch("out", 4 * tokens * groups * 32)
-    bounds = ffn.neurons * np.arange(variant.splits + 1) // variant.splits
+    every = n if rows is None else ffn.neurons
+    bounds = every * np.arange(variant.splits + 1) // variant.splits
     starts = bounds if rows is None else np.searchsorted(rows, bounds)
     for number, shard in enumerate(ffn.down):
-        ends = (shard.first, shard.first + shard.rows)
+        ends = (shard.first, min(shard.first + shard.rows, every))
         low, high = ends if rows is None else np.searchsorted(rows, ends)
+        if number > 0 and low >= high:
+            continue
+        kernel = device.programs.kernel("down", "add_down", variant, **macros)
         mine = device.send(f"starts{number}", np.clip(starts, low, high).astype(np.int32))
         device.run(
             kernel, (-(-groups * 4 // LANES) * LANES, variant.splits, -(-tokens // each)),
@@ -157,6 +192,3 @@ def _add_down(
             shard.buffer, np.int64(shard.stride), shard.offset, groups, hidden, n, tokens,
             ids, int(rows is not None), shard.first, mine, result, int(number > 0),
         )  # fmt: skip
-    whole = np.empty((tokens, groups * 32), np.float32)
-    device.fetch(result, whole)
-    out[:] = whole[:, : ffn.d_model]

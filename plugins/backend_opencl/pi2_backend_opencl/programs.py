@@ -31,13 +31,18 @@ class Programs:
 
     def kernel(self, file: str, name: str, variant: Variant, **macros: int) -> Any:
         """Kernel ``name`` of kernels/``file``.cl, built once for these macros."""
+        key = self._key(file, variant.flags(**macros))
+        if (key, name) not in self._kernels:
+            self._kernels[key, name] = self.own_kernel(file, name, variant, **macros)
+        return self._kernels[key, name]
+
+    def own_kernel(self, file: str, name: str, variant: Variant, **macros: int) -> Any:
+        """The same, but another object at every call: its arguments are the caller's to keep."""
         flags = variant.flags(**macros)
         key = self._key(file, flags)
-        if (key, name) not in self._kernels:
-            if key not in self._built:
-                self._built[key] = self._program(key, file, flags)
-            self._kernels[key, name] = getattr(self._built[key], name)
-        return self._kernels[key, name]
+        if key not in self._built:
+            self._built[key] = self._program(key, file, flags)
+        return cl.Kernel(self._built[key], name)
 
     def _key(self, file: str, flags: list[str]) -> str:
         d = self._device

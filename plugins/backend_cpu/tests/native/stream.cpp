@@ -148,8 +148,9 @@ void stream_case(Random& r, pi2_cpu* cpu) {
   std::vector<uint8_t> memory(static_cast<size_t>(k * full.stride), 255), states(slots.size() + 1);
   slab.bundles = memory.data();
   Flash flash(bundles, static_cast<uint32_t>(r.engine()));
-  pi2_stream* stream = pi2_cpu_stream_open(cpu, &slab, states.data(), k, &flash.abi, kPage, r.one_in(2),
-                                           r.pick<int64_t>({1, 5, 16}), r.one_in(2));
+  pi2_stream* stream =
+      pi2_cpu_stream_open(cpu, &slab, states.data(), k, &flash.abi, kPage, r.one_in(2),
+                          r.pick<int64_t>({1, 5, 16}), r.one_in(2), !r.one_in(3), !r.one_in(3));
   const pi2_place place{0, 0, 0};
   for (int call = 0; call < 3; ++call) {
     flash.fail_one_in = call < 2 && r.one_in(2) ? 6 : 0;

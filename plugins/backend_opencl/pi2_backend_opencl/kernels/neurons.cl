@@ -11,10 +11,11 @@ inline float activate(int kind, float v) {
   }
 }
 
-// gate (tokens, n) becomes h; `active` counts what is not zero.  biases (neurons, 1 or 2) or none.
+// gate (tokens, n) becomes h; work-group g of token t counts what is not zero into counts[first + t * groups
+// + g].  biases (neurons, 1 or 2) or none.
 __kernel void combine(__global float* gate, __global const float* up, int gated, int kind, int up_relu,
                       __global const float* biases, int has_biases, __global const int* rows, int has_rows,
-                      int n, int tokens, __global int* active) {
+                      int n, __global int* counts, int first) {
   const int i = get_global_id(0), t = get_global_id(1);
   __local int found;
   if (get_local_id(0) == 0) found = 0;
@@ -31,5 +32,5 @@ __kernel void combine(__global float* gate, __global const float* up, int gated,
     if (h != 0.0f) atomic_inc(&found);
   }
   barrier(CLK_LOCAL_MEM_FENCE);
-  if (get_local_id(0) == 0 && found > 0) atomic_add(active, found);
+  if (get_local_id(0) == 0) counts[first + t * get_num_groups(0) + get_group_id(0)] = found;
 }
