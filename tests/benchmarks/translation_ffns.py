@@ -17,7 +17,7 @@ import json
 import re
 import time
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from pi2.architecture import Architecture
 from pi2.builtin.lowrank_predictor import LowRankPredictor
 from pi2.bundle import BundleGeometry
 from pi2.container.predictors import FfnPredictor, Predictors
-from pi2.lowrank.closed_form import Weigher, closed_form, density_at, labels, missed_share, threshold_for
+from pi2.lowrank.closed_form import Weigher, calibrated, closed_form, density_at, labels, missed_share
 from pi2.lowrank.fit import FitSettings, fit
 from pi2.lowrank.widths import BUDGET, candidates, choose_widths, predictor_bytes
 from pi2.plugins import Plugins
@@ -149,10 +149,10 @@ def train(view: FfnView, text: Sentences, recall: float) -> list[FfnPredictor]:
     return made
 
 
-def calibrated(view: FfnView, text: Sentences, made: list[FfnPredictor], recall: float) -> list[FfnPredictor]:
+def calibrate(view: FfnView, text: Sentences, made: list[FfnPredictor], recall: float) -> list[FfnPredictor]:
     parts = [text.part(ffn, True) for ffn in range(len(LAYERS))]
     return [
-        replace(p, threshold=threshold_for(scores(p, x), labels(view, ffn, x), recall))
+        calibrated(p, scores(p, x), labels(view, ffn, x), Weigher(view, ffn)(x), recall)
         for ffn, (p, x) in enumerate(zip(made, parts, strict=True))
     ]
 
@@ -208,7 +208,7 @@ def main(options: argparse.Namespace) -> None:
     trained = train(view, text, options.recall)
     seconds, recall, losses = time.perf_counter() - start, options.recall, {}
     while True:
-        made = calibrated(view, text, trained, recall)
+        made = calibrate(view, text, trained, recall)
         losses[f"{recall:g}"] = loss(weights, text, made)
         if losses[f"{recall:g}"] < options.max_loss or recall > 0.999:
             break
