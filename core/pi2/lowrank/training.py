@@ -40,7 +40,7 @@ from pi2.lowrank.widths import BUDGET, candidates, choose_widths, predictor_byte
 from pi2.tensor import F32, DType, Tensor
 from pi2.thresholds import CALIBRATE_HINT
 
-_LOSS_TOKENS = 1024  # held out, read one by one for the perplexity
+_LOSS_TOKENS = 2048  # held out, read one by one for the perplexity
 _HIGHEST_RECALL = 0.9995
 
 
