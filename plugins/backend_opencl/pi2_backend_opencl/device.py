@@ -202,6 +202,10 @@ class Device:
             self.sent.append(sent)  # holds the array
         return buffer
 
+    def clear(self, buffer: Any, nbytes: int) -> None:
+        """Zeros into the buffer's start."""
+        cl.enqueue_fill_buffer(self.queue, buffer, np.zeros(1, np.float32), 0, nbytes)
+
     def fetch(self, buffer: Any, into: NDArray[Any]) -> None:
         """Wait for all that was enqueued, and copy the buffer's start."""
         cl.enqueue_copy(self.queue, into, buffer, is_blocking=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyopencl as cl
 from numpy.typing import NDArray
-from pi2.powers import FfnDone
+from pi2.accelerator import FfnDone
 from pi2.tensor import F32, U8
 
 from pi2_backend_opencl import neurons
