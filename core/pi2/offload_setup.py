@@ -91,7 +91,8 @@ def open_ffns(
     ffns = OffloadedFfns(model, backend, tier, predictor, cache, options, offload.dense)
     cold = (slots - len(hot)) * g.stride
     budget = options.memory or fixed + slots * g.stride
-    ffns.regions = Regions(budget, budget - len(hot) * g.stride - cold, len(hot) * g.stride, cold)
+    hot_bytes = offload.elsewhere + len(hot) * g.stride
+    ffns.regions = Regions(budget, budget - hot_bytes - cold, hot_bytes, cold)
     if not isinstance(tier, SupportsAsyncRead):
         notes.append(f"storage {tier.name} reads through the page cache and nothing ahead: this is slow")
     ffns.notes = notes
