@@ -33,12 +33,12 @@ from typing import Any
 
 import disk
 import numpy as np
-from contenders import Contender, drop_page_cache
+from contenders import Contender
 from decode import READ_BYTES, machine, read_speed
 from in_memory import architecture
-from memory_cgroup import MemoryCgroup
 from offload_summary import summary
 from pi2.container import read_manifest
+from pi2.memory_cgroup import MemoryCgroup, drop_page_cache
 from pi2.stats import versions
 from pi2.tensor import row_bytes
 

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 import pi2
 from pi2.cli import (
+    bench,
     chat,
     collect,
     convert,
@@ -69,7 +70,7 @@ app = typer.Typer(
 )
 _USE = (run, chat)
 _MAKE = (convert, inspect, collect, report, train_predictor, train_head, relufy, place, eval)
-for _module in (*_USE, *_MAKE, plugins, doctor):
+for _module in (*_USE, *_MAKE, bench, plugins, doctor):
     app.command(name=_module.__name__.rpartition(".")[2].replace("_", "-"))(_module.command)
 
 
