@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -129,7 +130,9 @@ class Bench:
             out, _ = process.communicate(json.dumps(request))
             charged = None if group is None else group.figures()
         if process.returncode != 0:
-            return {"refused": f"its process ended with status {process.returncode}", "hint": None}
+            killed = process.returncode == -signal.SIGKILL and group is not None
+            why = "too small a limit: the system killed it" if killed else "ended"
+            return {"refused": f"{why} (status {process.returncode})", "hint": None}
         found: Piece = json.loads(out)
         return found | {"cgroup": charged}
 

@@ -129,6 +129,10 @@ def _offload(policy: str | None, hot: float | None, details: str | None) -> dict
     return {"offload": chosen}
 
 
+_COLUMNS = ("mode", "tokens/s", "", "ratio", "step", "paper", "hits", "I/O wait", "read/token", "P99/mean",
+            "peak memory")  # fmt: skip
+
+
 def print_comparison(report: dict[str, Any], limit: int) -> None:
     """One table on stderr."""
     import sys
@@ -136,8 +140,7 @@ def print_comparison(report: dict[str, Any], limit: int) -> None:
     def figure(found: dict[str, float] | None, form: str) -> str:
         return "-" if found is None else f"{found['median']:{form}}"
 
-    rows = [("mode", "tokens/s", "", "ratio", "step", "paper", "hits", "I/O wait", "read/token", "P99/mean",
-             "peak memory")]  # fmt: skip
+    rows: list[tuple[str, ...]] = [_COLUMNS]
     names = list(report)
     for name, found in report.items():
         if "refused" in found:
