@@ -98,7 +98,17 @@ def test_python_threads_have_at_most_one_place():
 
 
 def test_the_contracts_import_neither_engine_nor_command_line():
-    contracts = ("api", "powers", "hookspecs", "tensor", "bundle", "architecture", "inventory", "errors")
+    contracts = (
+        "api",
+        "powers",
+        "accelerator",
+        "hookspecs",
+        "tensor",
+        "bundle",
+        "architecture",
+        "inventory",
+        "errors",
+    )
     for name in contracts:
         assert not imports(parse(CORE / f"{name}.py")) & {"pi2.engine", "pi2.cli", "pi2.decoder"}, name
 

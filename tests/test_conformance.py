@@ -29,12 +29,18 @@ from pi2.testing.plugin import PluginTests
 from pi2.testing.predictor import MODELS
 
 INSTALLED = Plugins.installed()
+ON_REQUEST = {"qnn"}
+"""Run here only with an option, on an emulator: tested beside their plugins."""
 
 
 def every(kind: str, *, can_run: bool = True) -> list[object]:
     """The classes of one kind that can run here, or those that cannot, as parameters with their names."""
     classes = INSTALLED.of(kind).items()
-    return [pytest.param(cls, id=name) for name, cls in classes if bool(probe(cls)) == can_run]
+    return [
+        pytest.param(cls, id=name)
+        for name, cls in classes
+        if bool(probe(cls)) == can_run and (name not in ON_REQUEST or not can_run)
+    ]
 
 
 class TestWhatCannotRunHere(PluginTests):

@@ -98,6 +98,9 @@ class Backend(Plugin):
     kv_dtype: KvDType = np.float32
     """What ``attention`` wants keys and values in (pi2.powers.SupportsAttention): float32 or float16."""
 
+    emulated: bool = False
+    """A device is imitated by code of another one: how long a call takes says nothing, and is not shown."""
+
     @abstractmethod
     def place(self, weight: Tensor) -> object:
         """Make ``weight`` usable on this device; only this backend can read the handle."""

@@ -250,6 +250,7 @@ class Engine:
     def setup(self) -> dict[str, Any]:
         """What runs: names of the parts, whether the output is that of the dense model, the configuration."""
         names: dict[str, Any] = {kind: part.name for kind, part in self._parts.items() if kind != "cpu"}
+        names["emulated"] = any(isinstance(part, Backend) and part.emulated for part in self._parts.values())
         config = {
             "model": str(self.model.path),
             "family": self.model.architecture.family,

@@ -216,32 +216,26 @@ def evaluate(
     )  # fmt: skip
 
 
-def perplexity_loss(
+def foresee(
     decoder: Decoder,
     predictor: Predictor,
     sequences: NDArray[np.int64],
     before: list[int],
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> float:
-    """By how much ``predictor``, attached, raises the perplexity of (n, tokens) ``sequences``, as a share.
+) -> Likelihood:
+    """How well the model foresees (n, tokens) ``sequences`` with ``predictor``, which is attached.
 
-    Each sequence stands behind ``before``; both ways read one token at a time, as in :func:`evaluate`.
+    Each sequence stands behind ``before`` and is read one token at a time, as in :func:`evaluate`.
     """
-    inner = decoder.predictor
-    found = (Likelihood(), Likelihood())
-    done, total = 0, 2 * sequences.size
+    inner, found = decoder.predictor, Likelihood()
     try:
-        for ids in sequences:
-            whole = np.concatenate((np.array(before, np.int64), ids))
-            for likelihood, asked in zip(found, (predictor, ExactPredictor()), strict=True):
-                decoder.predictor = asked
-                _read(decoder, whole, likelihood)
-                done += len(ids)
-                progress("measuring what is lost", done, total)
+        decoder.predictor = predictor
+        for number, ids in enumerate(sequences, 1):
+            _read(decoder, np.concatenate((np.array(before, np.int64), ids)), found)
+            progress("measuring what is lost", number * len(ids), sequences.size)
     finally:
         decoder.predictor = inner
-    sparse, dense = found
-    return sparse.perplexity / dense.perplexity - 1
+    return found
 
 
 def _chosen(

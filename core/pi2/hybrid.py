@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
+from pi2.accelerator import FfnDone, SupportsAsyncFfn
 from pi2.api import Backend, Predictor, Probe
 from pi2.errors import OptionError, Pi2Error
 from pi2.ffns import Ffns
 from pi2.hot import HotClusters
 from pi2.offload_count import OffloadCount
-from pi2.powers import SPANS, FfnDone, Stage, SupportsAsyncFfn
+from pi2.powers import SPANS, Stage
 from pi2.tensor import F32, Ids
-from pi2.trace import ACCELERATOR, TraceWriter
+from pi2.trace import ACCELERATOR, GRAPHS, TraceWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,10 @@ class HybridCount:
     """Both did."""
     wait_s: float = 0.0
     """The CPU had nothing left to do but wait for the accelerator."""
+    graphs: int = 0
+    """Graphs of another shape that the accelerator began to use."""
+    graph_wait_s: float = 0.0
+    """It had to wait for one."""
 
 
 class HybridFfns:
@@ -208,6 +213,7 @@ class HybridFfns:
                 return self.cold.dense(ffn, chunks)
             active += done.active
             self._span(ffn, Stage.HOT, self._neurons, done.start, done.end)
+            self._note_graphs(ffn, self._neurons, done)
         return active
 
     def _lose(self, error: Pi2Error) -> None:
@@ -226,12 +232,19 @@ class HybridFfns:
         total.cold_s += waiting - begin
         total.overlap_s += max(0.0, min(done.end, waiting) - max(done.start, begin))
         total.wait_s += time.perf_counter() - waiting
+        self._note_graphs(ffn, count, done)
         self._span(ffn, Stage.HOT, count, done.start, done.end)
         self._span(ffn, Stage.COLD, self._neurons - count, begin, waiting)
 
+    def _note_graphs(self, ffn: int, count: int, done: FfnDone) -> None:
+        for swap in done.swaps:
+            self.count.graphs += 1
+            self.count.graph_wait_s += swap.wait_s
+            self._span(ffn, Stage.GRAPH, count, swap.start, swap.end)
+
     def _span(self, ffn: int, stage: Stage, neurons: int, start: float, end: float) -> None:
         if self._trace is not None:
-            thread = ACCELERATOR if stage == Stage.HOT else 0
+            thread = {Stage.HOT: ACCELERATOR, Stage.GRAPH: GRAPHS}.get(stage, 0)
             self._spans.append((ffn, 0, stage, thread, neurons, start, end))
 
     def take_count(self) -> OffloadCount | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pi2.accelerator import SupportsAsyncFfn
 from pi2.api import Backend, FfnSpec, StorageTier
 from pi2.errors import OptionError
 from pi2.ffns import Ffns
@@ -15,7 +16,6 @@ from pi2.hybrid import HybridFfns, HybridOptions
 from pi2.memory import give_back_unused
 from pi2.offload_setup import read_neurons
 from pi2.plugins import Plugins, probe
-from pi2.powers import SupportsAsyncFfn
 from pi2.tensor import U8, Ids
 from pi2.trace import TraceWriter
 
@@ -51,12 +51,19 @@ class Hybrid:
     options: HybridOptions
 
 
-class Placed:
-    """The hot clusters of a model on the accelerator: as many as will ever be hot."""
+def hot_bundles(model: PiModel, neurons: Ids, ffn: int) -> U8:
+    """The bundles (k, stride) of some neurons of an FFN that is in memory; a view where they are in order."""
+    bundles = model.bundles(ffn)
+    in_order = neurons[0] == 0 and bool(np.all(np.diff(neurons) == 1))
+    return bundles[: len(neurons)] if in_order else bundles[neurons]
 
-    def __init__(self, model: PiModel, hybrid: Hybrid, *, resident: bool) -> None:
-        """Decides which they are; nothing is placed yet.  ``resident``: all weights are in memory."""
-        arch, options = model.architecture, hybrid.options
+
+class HotPart:
+    """Which neurons are an accelerator's, or may become so: the first ``capacity`` of each order."""
+
+    def __init__(self, model: PiModel, options: HybridOptions, *, resident: bool) -> None:
+        """``resident``: all weights are in memory."""
+        arch = model.architecture
         self.notes: list[str] = []
         counts = activations(model, self.notes)
         self.by_statistics = counts is not None
@@ -65,10 +72,21 @@ class Placed:
                 "the model has no statistics: which clusters are hot goes by the number of the neuron"
                 " (pi2 collect counts what is active)"
             )
-        orders = hottest_first(counts, arch.n_layers, arch.n_neurons)
-        self.hot = HotClusters(orders, options.cluster)
+        self.clusters = HotClusters(hottest_first(counts, arch.n_layers, arch.n_neurons), options.cluster)
         most = options.hot if options.most is None else options.most
-        self.capacity = self.hot.neurons(1 if resident and options.prefill == "accelerator" else most)
+        whole = resident and options.prefill == "accelerator"
+        self.capacity = self.clusters.neurons(1 if whole else most)
+
+
+class Placed:
+    """The hot clusters of a model on the accelerator: as many as will ever be hot."""
+
+    def __init__(self, model: PiModel, hybrid: Hybrid, *, resident: bool) -> None:
+        """Decides which they are; nothing is placed yet.  ``resident``: all weights are in memory."""
+        arch, options = model.architecture, hybrid.options
+        part = HotPart(model, options, resident=resident)
+        self.notes, self.by_statistics = part.notes, part.by_statistics
+        self.hot, self.capacity = part.clusters, part.capacity
         self.nbytes = arch.n_layers * self.capacity * model.geometry.stride
         """Of their bundles."""
         self.options = options
@@ -91,9 +109,7 @@ class Placed:
             back = np.argsort(neurons)
             found = read_neurons(tier, self._model.ffn_place(ffn), neurons[back], self._model.geometry.stride)
             return found[np.argsort(back)]
-        bundles = self._model.bundles(ffn)
-        in_order = neurons[0] == 0 and bool(np.all(np.diff(neurons) == 1))
-        return bundles[: len(neurons)] if in_order else bundles[neurons]
+        return hot_bundles(self._model, neurons, ffn)
 
     def ffns(self, cold: Ffns, handles: list[Any], trace: TraceWriter | None) -> HybridFfns:
         """Both halves as one."""
@@ -119,4 +135,5 @@ class Placed:
             "decode_s": {
                 "hot": count.hot_s, "cold": count.cold_s, "both": count.overlap_s, "wait": count.wait_s
             },
+            "graphs": {"used": count.graphs, "waited_s": count.graph_wait_s},
         }  # fmt: skip

@@ -1,6 +1,7 @@
 """Optional powers of plugins: Protocols that the engine asks for once, with ``isinstance``, when it starts.
 
-Every power has its slow twin in the floor (``pi2.api``), and a property test that both agree.
+Every power has its slow twin in the floor (``pi2.api``), and a property test that both agree.  Those of
+accelerators are in ``pi2.accelerator``.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ class Stage(IntEnum):
     """Hot clusters, on an accelerator; not of the pipeline, but beside it."""
     COLD = 5
     """All that the CPU does for an FFN meanwhile."""
+    GRAPH = 6
+    """An accelerator got the graph of another shape ready."""
 
 
 SPANS = np.dtype(
@@ -142,56 +145,6 @@ class SupportsStreaming(SupportsSlab, Protocol):
 
     def close_stream(self, stream: Any) -> None:
         """Wait for all reads and free the stream.  The slab is the caller's again."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class FfnDone:
-    """What ``finish_ffn`` tells: (token, neuron) pairs that were active, and when the device computed,
-
-    from ``start`` to ``end``, in seconds of ``time.perf_counter``, as nearly as the backend knows.
-    """
-
-    active: int
-    start: float
-    end: float
-
-
-@runtime_checkable
-class SupportsAsyncFfn(Protocol):
-    """Optional power of a backend that computes an FFN while its caller computes something else: hot
-    clusters on an accelerator, cold neurons on the CPU (PowerInfer-2 §4.1.2).
-
-    ``place_ffn`` was given the neurons hottest first; a call is for the first ``count`` of them, dense.
-    One ticket is open at a time, and between ``begin_ffn`` and its end no other method is called.
-    """
-
-    def prepare_ffn(self, ffn: Any, tokens: int, count: int) -> None:
-        """A hint, given while attention computes: ``begin_ffn`` of this shape comes next (§4.1.3: graphs).
-
-        Starts what makes it quick and does not wait; what was not prepared is computed all the same.
-        """
-        ...
-
-    def begin_ffn(self, ffn: Any, x: F32, count: int) -> object:
-        """Start ``Backend.ffn`` for ``x`` (n, d) over the first ``count`` neurons; both are at least 1.
-
-        ``x`` is not changed until the ticket's end: one ``finish_ffn`` or ``cancel_ffn``.  Raises Pi2Error;
-        then nothing was started.
-        """
-        ...
-
-    def finish_ffn(self, ticket: Any, out: F32) -> FfnDone:
-        """Wait for the result and overwrite ``out`` (n, d) with it: what ``Backend.ffn`` gives, within
-        ``tolerance``; the same bits for the same call.
-
-        Raises Pi2Error if the device fails or does not answer: never waits for ever.  Either way the
-        ticket is spent, and the next ``begin_ffn`` is tried as if nothing had happened.
-        """
-        ...
-
-    def cancel_ffn(self, ticket: Any) -> None:
-        """Give up; raises nothing.  Afterwards nobody reads ``x``, and the ticket is spent."""
         ...
 
 

@@ -64,17 +64,21 @@ class RunStats:
     def to_json(self, setup: dict[str, Any]) -> dict[str, Any]:
         """The object of ``pi2 run --json``; ``setup`` is ``Engine.setup()``.
 
-        None where a figure does not apply: nothing was decoded, no budget was set, no plan was given.
+        None where a figure does not apply: nothing was decoded, no budget was set, no plan was given, or a
+        device was emulated, of whose speed seconds say nothing.
         """
+        speed = {
+            "ttft_s": self.ttft_s,
+            "prefill_tps": self.prefill_tps,
+            "decode_tps": self.decode_tps,
+            "token_latency_s": self.latency(),
+        }
         return {
             "text": self.text,
             "tokens": self.tokens,
             "stop_reason": self.stop_reason,
             "prompt_tokens": self.prompt_tokens,
-            "ttft_s": self.ttft_s,
-            "prefill_tps": self.prefill_tps,
-            "decode_tps": self.decode_tps,
-            "token_latency_s": self.latency(),
+            **(dict.fromkeys(speed) if setup["emulated"] else speed),
             "rss_peak_bytes": rss_peak_bytes(),
             "budget_bytes": None,
             "policy": None,  # no neuron cache: all weights are resident

@@ -13,7 +13,9 @@ from pi2.powers import Spans, Stage
 _TIER = 255  # the thread of spans that the storage tier did
 ACCELERATOR = 254
 """The thread of spans that an accelerator did."""
-_NAMES = ("gate read", "gate", "up/down read", "up/down", "hot", "cold")  # by Stage
+GRAPHS = 253
+"""The thread of graphs that an accelerator got ready meanwhile."""
+_NAMES = ("gate read", "gate", "up/down read", "up/down", "hot", "cold", "graph")  # by Stage
 _READS = (Stage.GATE_READ, Stage.UP_DOWN_READ)
 
 
@@ -34,7 +36,7 @@ class TraceWriter:
             )
         except OSError as e:
             raise StorageError(e.strerror or str(e), path=path, hint="choose another --trace FILE") from None
-        names = ((0, "compute"), (ACCELERATOR, "accelerator"), (_TIER, "storage"))
+        names = ((0, "compute"), (GRAPHS, "graphs"), (ACCELERATOR, "accelerator"), (_TIER, "storage"))
         events = [
             {"name": "thread_name", "ph": "M", "pid": 1, "tid": tid, "args": {"name": name}}
             for tid, name in names

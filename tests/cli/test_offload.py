@@ -137,6 +137,10 @@ def test_chat_and_eval_take_a_budget_too(toy, tmp_path):
     plain = pi2("eval", toy, text, "--tokens", 64, "--sequence", 32, "--json")
     result = pi2("eval", toy, text, "--tokens", 64, "--sequence", 32, "--json", "--memory", "2G")
     assert json.loads(result.stdout)["perplexity"] == json.loads(plain.stdout)["perplexity"]
+    shared = ["--backend", "numpy", "--cold", "numpy", "--hot", "0.6"]
+    beside = json.loads(pi2("eval", toy, text, "--tokens", 64, "--sequence", 32, "--json", *shared).stdout)
+    assert beside["perplexity"] == pytest.approx(json.loads(plain.stdout)["perplexity"], rel=1e-4)
+    assert beside["hybrid"]["decode_s"]["hot"] > 0
     said = pi2("chat", "--model", toy, "--max-tokens", 3, *SMALL, stdin="Hi\nAgain\n/exit\n")
     assert said.exit_code == 0
     assert said.stdout == pi2("chat", "--model", toy, "--max-tokens", 3, stdin="Hi\nAgain\n/exit\n").stdout

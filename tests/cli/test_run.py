@@ -20,6 +20,7 @@ DESIGNED_KEYS = {
     *("storage", "predictor", "policy", "lossless", "predicted_tps", "config", "versions", "stop_reason"),
     "offload",
     "hybrid",
+    "emulated",
 }
 
 

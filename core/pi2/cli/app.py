@@ -18,6 +18,7 @@ from pi2.cli import (
     bench,
     chat,
     collect,
+    compile,  # noqa: A004  the command's name
     convert,
     doctor,
     eval,  # noqa: A004  the command's name
@@ -69,7 +70,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _USE = (run, chat)
-_MAKE = (convert, inspect, collect, report, train_predictor, train_head, relufy, place, eval)
+_MAKE = (convert, compile, inspect, collect, report, train_predictor, train_head, relufy, place, eval)
 for _module in (*_USE, *_MAKE, bench, plugins, doctor):
     app.command(name=_module.__name__.rpartition(".")[2].replace("_", "-"))(_module.command)
 

@@ -36,6 +36,8 @@ def command(
     memory: o.Memory = None,
     policy: o.Policy = None,
     hot: o.Hot = None,
+    cold: o.Cold = None,
+    hybrid: o.HybridDetails = None,
     offload: o.OffloadDetails = None,
     sparse_head: o.SparseHead = None,
     json: o.Json = False,
@@ -51,11 +53,17 @@ def command(
     from pi2.evaluate import evaluate
     from pi2.sparse_head import judge_head, open_sparse_head
 
-    placement = o.parse_offload(memory, policy, hot, offload)
+    shared = o.parse_hybrid(backend, cold, hot, hybrid)
+    placement = o.parse_offload(memory, policy, hot, offload, hybrid=shared)
     with o.open_engine(
-        model, backend=backend, storage=storage, predictor=predictor, offload=placement
+        model,
+        backend=backend,
+        storage=storage,
+        predictor=predictor,
+        offload=placement,
+        hybrid=shared,
+        cold=cold,
     ) as engine:
-        setup = engine.setup()
         if sparse_head is not None:
             open_sparse_head(engine, sparse_head)  # now, if it cannot be, and not after minutes
         with progress_bar(lambda n: f"{n} tokens") as progress:
@@ -63,6 +71,7 @@ def command(
                 engine, texts, tokens=tokens, sequence=sequence,
                 against_dense=against == "dense", progress=progress,
             )  # fmt: skip
+        setup = engine.setup()
         head = None if sparse_head is None else judge_head(engine, texts, sparse_head, tokens)
     if not setup["lossless"]:
         say(f"lossy: the predictor {setup['predictor']} may miss active neurons")

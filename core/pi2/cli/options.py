@@ -245,7 +245,11 @@ def parse_offload(
 
 
 def parse_hybrid(
-    backend: str | None, cold: str | None, hot: float | None, details: str | None, trace: Path | None
+    backend: str | None,
+    cold: str | None,
+    hot: float | None,
+    details: str | None,
+    trace: Path | None = None,
 ) -> HybridOptions | None:
     """How --backend and the CPU share a model; None if they do not.  Raises OptionError."""
     from pi2.engine import parse_choice

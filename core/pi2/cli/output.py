@@ -85,14 +85,17 @@ def _offload_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _hybrid_rows(found: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+def _hybrid_rows(run: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Of a model that an accelerator shares: what ran where, and how long at the same time."""
+    found = run["hybrid"]
     if found is None:
         return []
     where = f"{found['hot_neurons']} of {found['neurons']} neurons on {found['accelerator']}"
     rest = f"attention on {_place(found, 'attention')}, prefill on {_place(found, 'prefill')}"
     seconds = found["decode_s"]
     met = f"{seconds['hot']:.2f} s, {found['cpu']} {seconds['cold']:.2f} s, both {seconds['both']:.2f} s"
+    if run["emulated"]:
+        return [("hot", where, rest)]
     return [("hot", where, rest), ("halves", f"{found['accelerator']} {met}", "of the FFNs of decoding")]
 
 
@@ -105,21 +108,24 @@ def print_run(stats: RunStats, setup: dict[str, Any]) -> None:
     from pi2.memory import rss_peak_bytes
 
     decoded = ", ".join(filter(None, (f"{len(stats.tokens)} tokens", why_cut(stats))))
-    ttft = "-" if stats.ttft_s is None else f"{stats.ttft_s:.2f} s"
+    found = stats.to_json(setup)
+    ttft = "-" if found["ttft_s"] is None else f"{found['ttft_s']:.2f} s"
     density = "-" if stats.density is None else f"{stats.density:.1%}"
     missed = "tokens" if "head" in setup["config"] else "neurons"
     exactness = "as the dense model" if setup["lossless"] else f"lossy: {missed} may be missed"
     rows = [
         ("TTFT", ttft, f"prompt of {stats.prompt_tokens} tokens, {stats.prefilled_tokens} computed"),
-        ("prefill", _rate(stats.prefill_tps), ""),
-        ("decode", _rate(stats.decode_tps), decoded),
+        ("prefill", _rate(found["prefill_tps"]), ""),
+        ("decode", _rate(found["decode_tps"]), decoded),
         ("peak memory", human_bytes(rss_peak_bytes()), ""),
         ("density", density, "of the FFN neurons active while decoding"),
         ("parts", setup["backend"], f"storage {setup['storage']}, predictor {setup['predictor']}"),
         ("lossless", "yes" if setup["lossless"] else "no", exactness),
     ]
-    rows += _offload_rows(stats.to_json(setup))
-    rows += _hybrid_rows(setup.get("hybrid"))
+    rows += _offload_rows(found)
+    rows += _hybrid_rows(found)
+    if found["emulated"]:
+        rows.append(("emulated", "yes", "no figure of speed: an emulator's time says nothing of the device"))
     sampling = setup["config"].get("sampling", {})
     if sampling.get("temperature"):
         rows.append(("seed", str(sampling["seed"]), "repeats this answer with --seed"))

@@ -55,7 +55,7 @@ def command(
     recall: Recall = 0.97,
     width: Width = "auto",
     budget: Budget = 0.06,
-    max_loss: MaxLoss = 0.01,
+    max_loss: MaxLoss = 0.001,
     quant: Quant = "q4_0",
     seed: Seed = 0,
     source: From = None,

@@ -19,12 +19,13 @@ from typing import Any, Self
 import numpy as np
 
 import pi2
+from pi2.builtin.exact_predictor import ExactPredictor
 from pi2.builtin.lowrank_predictor import LowRankPredictor, PlacedPredictor
 from pi2.container.layout import NEURONS
 from pi2.container.predictors import FfnPredictor, Measured, Predictors
 from pi2.engine import Engine
 from pi2.errors import FormatError, OptionError, StorageError
-from pi2.evaluate import perplexity_loss
+from pi2.evaluate import Likelihood, foresee
 from pi2.lowrank.closed_form import (
     ClosedForm,
     Layers,
@@ -54,7 +55,7 @@ class TrainSettings:
     tokens: int = 16384
     recall: float = 0.97
     """Share of the active neurons that each layer's threshold must name on held-out text, at least."""
-    max_loss: float | None = 0.01
+    max_loss: float | None = 0.001
     """Raise the recall until the perplexity rises by less than this share; None does not measure it."""
     width: int | None = None
     budget: float = BUDGET
@@ -91,6 +92,7 @@ class Training:
         predictor_bytes(settings.width or 32, self._arch.d_model, 1, settings.dtype)  # refuses odd widths
         self.corpus: Corpus = read_corpus(engine, paths, settings.tokens)
         self._layers: dict[int, FfnPredictor] = {}
+        self._dense: Likelihood | None = None
         self._lock = -1
 
     def __enter__(self) -> Self:
@@ -222,10 +224,13 @@ class Training:
         predictor = LowRankPredictor()
         predictor.use(found, self._engine.backend)
         sequences = self.corpus.sequences[self.corpus.held_out]
-        wanted = max(1, _LOSS_TOKENS // sequences.shape[1])
+        sequences = sequences[: max(1, _LOSS_TOKENS // sequences.shape[1])]
+        decoder, before = self._engine.decoder, self.corpus.opening
+        self._dense = self._dense or foresee(decoder, ExactPredictor(), sequences, before, progress)
         try:
-            return perplexity_loss(
-                self._engine.decoder, predictor, sequences[:wanted], self.corpus.opening, progress
+            return (
+                foresee(decoder, predictor, sequences, before, progress).perplexity / self._dense.perplexity
+                - 1
             )
         finally:
             predictor.close()

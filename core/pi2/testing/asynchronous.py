@@ -1,4 +1,4 @@
-"""Conformance tests of ``pi2.powers.SupportsAsyncFfn``, an optional power; part of BackendTests."""
+"""Conformance tests of ``pi2.accelerator.SupportsAsyncFfn``, an optional power; part of BackendTests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 
+from pi2.accelerator import FfnDone, SupportsAsyncFfn
 from pi2.api import Backend
-from pi2.powers import FfnDone, SupportsAsyncFfn
 from pi2.tensor import F32
 from pi2.testing import reference
 from pi2.testing.plugin import PluginTests, examples
@@ -56,7 +56,7 @@ class AsyncFfnTests(PluginTests):
         if not isinstance(backend, SupportsAsyncFfn):
             pytest.skip(
                 f"{backend.name} computes nothing in the background"
-                " (an optional power, pi2.powers.SupportsAsyncFfn)"
+                " (an optional power, pi2.accelerator.SupportsAsyncFfn)"
             )
         return backend
 

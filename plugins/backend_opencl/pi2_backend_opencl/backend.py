@@ -6,12 +6,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from pi2.accelerator import FfnDone
 from pi2.api import Backend, FfnSpec, Probe
+from pi2.attention import AttentionSpec
 from pi2.errors import OptionError, PluginError
-from pi2.powers import FfnDone
+from pi2.kv_cache import Kv, KvDType
 from pi2.tensor import F32, U8, Ids, Tensor
 
-from pi2_backend_opencl import matrix, neurons, plans, selftest
+from pi2_backend_opencl import attention, matrix, neurons, plans, trials
 from pi2_backend_opencl.caps import load_profile, resolve
 from pi2_backend_opencl.device import choose_device, device_errors, find_devices
 
@@ -56,9 +58,10 @@ class OpenclBackend(Backend):
         folder = Path.home() / _CACHE if cache is None else Path(cache) if cache else None
         variant = resolve(found.caps, wanted)
         self._integers = activations == "int8"
+        self.kv_dtype: KvDType = np.float16 if self._integers else np.float32
         if self._integers:
             self.tolerance = _ROUNDED  # type: ignore[misc]  # of this one
-        self._device, self._remarks = selftest.first_that_works(found, variant, folder)
+        self._device, self._remarks = trials.first_that_works(found, variant, folder)
         self._profile, self._activations = profile, activations
 
     def describe(self) -> str:
@@ -115,6 +118,15 @@ class OpenclBackend(Backend):
 
     def cancel_ffn(self, ticket: plans.Ticket) -> None:
         ticket.cancel()
+
+    def place_attention(self, spec: AttentionSpec) -> attention.Block:
+        with device_errors(self._device.name):
+            return attention.place_attention(self._device, spec)
+
+    def attention(self, block: attention.Block, x: F32, keys: Kv, values: Kv, start: int, out: F32) -> None:
+        """Scores of many tokens on the device, of a single one on the host (pi2.powers.SupportsAttention)."""
+        with device_errors(self._device.name):
+            attention.attention(self._device, block, x, keys, values, start, out, integers=self._integers)
 
     def release(self, handle: object) -> None:
         if isinstance(handle, neurons.Ffn):

@@ -97,11 +97,12 @@ def device_errors(name: str) -> Iterator[None]:
     """Turns what a driver raises into one error that says what to do."""
     try:
         yield
-    except cl.MemoryError:
-        raise PluginError(
-            f"{name} has no memory left", hint="use a smaller model, a shorter context, or another backend"
-        ) from None
     except cl.Error as e:
+        if isinstance(e, cl.MemoryError) or "INVALID_BUFFER_SIZE" in str(e):
+            raise PluginError(
+                f"{name} has no memory left",
+                hint="use a smaller model, a shorter context, or another backend",
+            ) from None
         first = (str(e).splitlines() or [type(e).__name__])[0]
         raise PluginError(
             f"{name} failed: {first[:200]}", hint="the device may be lost; use --backend cpu"
@@ -136,7 +137,7 @@ class Device:
     def __init__(self, found: Found, variant: Variant, cache: Path | None) -> None:
         self.name, self.caps, self.variant = found.name, found.caps, variant
         self._cl_device = found.device
-        self.vendor = vendor_of(found.device)
+        self.vendor = self._memory = vendor_of(found.device)
         self.remarks: list[str] = []
         """What runs in a plainer way than it should."""
         with device_errors(self.name):
@@ -201,6 +202,10 @@ class Device:
             self.sent.append(sent)  # holds the array
         return buffer
 
+    def clear(self, buffer: Any, nbytes: int) -> None:
+        """Zeros into the buffer's start."""
+        cl.enqueue_fill_buffer(self.queue, buffer, np.zeros(1, np.float32), 0, nbytes)
+
     def fetch(self, buffer: Any, into: NDArray[Any]) -> None:
         """Wait for all that was enqueued, and copy the buffer's start."""
         cl.enqueue_copy(self.queue, into, buffer, is_blocking=True)
@@ -217,9 +222,9 @@ class Device:
         self.queue.finish()
         self.sent.clear()
 
-    def give_up_recording(self) -> None:
-        """The driver refuses recordings: from now on every kernel is launched by itself."""
-        self.remarks.append(f"NO {self.vendor.launches}: the driver refuses them")
+    def give_up_recording(self, reason: str) -> None:
+        """From now on every kernel is launched by itself."""
+        self.remarks.append(f"FELL BACK from {self.vendor.launches}: {reason}")
         self.vendor = Vendor(self._cl_device)
 
     def lasting(self, name: str, nbytes: int) -> Any:
@@ -227,7 +232,7 @@ class Device:
         key = name, max(nbytes, 64)
         if key not in self._lasting:
             flags = _FLAGS.READ_WRITE | _FLAGS.ALLOC_HOST_PTR
-            own = self.vendor.shared_memory(self._context, key[1])
+            own = self._memory.shared_memory(self._context, key[1])
             self._lasting[key] = own or cl.Buffer(self._context, flags, key[1])
         return self._lasting[key]
 
@@ -273,4 +278,4 @@ class Device:
             buffer.release()
         self._scratch.clear()
         self._lasting.clear()
-        self.vendor.close()
+        self._memory.close()

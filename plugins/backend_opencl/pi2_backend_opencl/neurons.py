@@ -77,8 +77,11 @@ def place_ffn(device: Device, bundles: U8, spec: FfnSpec) -> Ffn:
 def _place_down(device: Device, bundles: U8, spec: FfnSpec) -> tuple[list[DownShard], U8 | None]:
     g = spec.geometry
     offset, size = g.segments()["down"]
+    step = _PAGE // math.gcd(g.stride, _PAGE)  # rows between those that begin at a page, as a shard has to
+    limit = device.variant.limits.max_allocation
     shared = (
         device.caps.unified_memory
+        and min(step, len(bundles)) * g.stride <= limit
         and g.d_model % 32 == 0
         and bundles.flags.c_contiguous
         and bundles.ctypes.data % _PAGE == 0  # else drivers copy
@@ -90,10 +93,9 @@ def _place_down(device: Device, bundles: U8, spec: FfnSpec) -> tuple[list[DownSh
         own = Tensor(np.ascontiguousarray(bundles[:, offset : offset + size]), g.down, g.d_model)
         rows, place = padded_rows(own), 0
         stride = rows.shape[1]
-    most = max(1, device.variant.limits.max_allocation // max(stride, 1))
-    if shared and most < len(rows):  # every shard has to begin at a page
-        step = _PAGE // math.gcd(stride, _PAGE)
-        most = max(step, most // step * step)
+    most = max(1, limit // max(stride, 1))
+    if shared and most < len(rows):
+        most = most // step * step
     make = device.shared if shared else device.fixed
     shards = [
         DownShard(first, len(part), make(part), stride, place)
@@ -174,7 +176,6 @@ def _add_down(
     groups = -(-ffn.d_model // 32)
     each = 1 if tokens == 1 else TOKENS
     macros = {"DTYPE": CODES[ffn.down_dtype], "TOKENS": each}
-    kernel = device.programs.kernel("down", "add_down", variant, **macros)
     every = n if rows is None else ffn.neurons
     bounds = every * np.arange(variant.splits + 1) // variant.splits
     starts = bounds if rows is None else np.searchsorted(rows, bounds)
@@ -183,6 +184,7 @@ def _add_down(
         low, high = ends if rows is None else np.searchsorted(rows, ends)
         if number > 0 and low >= high:
             continue
+        kernel = device.programs.kernel("down", "add_down", variant, **macros)
         mine = device.send(f"starts{number}", np.clip(starts, low, high).astype(np.int32))
         device.run(
             kernel, (-(-groups * 4 // LANES) * LANES, variant.splits, -(-tokens // each)),

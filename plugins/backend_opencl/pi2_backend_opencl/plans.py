@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyopencl as cl
 from numpy.typing import NDArray
-from pi2.powers import FfnDone
+from pi2.accelerator import FfnDone
 from pi2.tensor import F32, U8
 
 from pi2_backend_opencl import neurons
@@ -85,8 +85,8 @@ class Plan:
         self._recording = None
         try:
             self._recording = device.vendor.record(device.queue, self._launches)
-        except NoExtensionError:
-            device.give_up_recording()
+        except NoExtensionError as e:
+            device.give_up_recording(str(e))
 
     def scratch(self, name: str, nbytes: int) -> Any:
         return self._device.lasting(name, nbytes)
@@ -96,6 +96,7 @@ class Plan:
         return self._constants[-1]
 
     def run(self, kernel: Any, size: tuple[int, ...], group: tuple[int, ...], *arguments: Any) -> None:
+        assert all(launch.kernel is not kernel for launch in self._launches), "its arguments would be lost"
         kernel.set_args(*(np.int32(a) if type(a) is int else a for a in arguments))
         self._launches.append(Launch(kernel, size, group))
 
@@ -114,7 +115,11 @@ class Plan:
 
     def _play(self) -> Any:
         if self._recording is not None:
-            return self._recording.enqueue()
+            try:
+                return self._recording.enqueue()
+            except NoExtensionError as e:
+                self.release()
+                self._device.give_up_recording(str(e))
         for launch in self._launches:
             last = cl.enqueue_nd_range_kernel(self._device.queue, launch.kernel, launch.size, launch.group)
         return last

@@ -67,7 +67,7 @@ class Qualcomm(Vendor):
         """With the hint for full clock, where the driver takes it."""
         if "cl_qcom_perf_hint" not in self._extensions:
             return super().context()
-        platform, device = self._device.platform.int_ptr, (c_void_p * 1)(self._device.int_ptr)
+        platform, device = self.device.platform.int_ptr, (c_void_p * 1)(self.device.int_ptr)
         properties = (c_size_t * 5)(_CONTEXT_PLATFORM, platform, _PERF_HINT, _PERF_HIGH, 0)
         code = c_int32()
         create = self._library.function(
@@ -85,7 +85,7 @@ class Qualcomm(Vendor):
             return None
         code = c_int32()
         context = queue.context.int_ptr
-        recorder = self._new_queue(context, self._device.int_ptr, _RECORDABLE, byref(code))
+        recorder = self._new_queue(context, self.device.int_ptr, _RECORDABLE, byref(code))
         check("clCreateCommandQueue", code.value)
         try:
             recording = self._new(recorder, byref(code))
@@ -119,8 +119,8 @@ class Qualcomm(Vendor):
         """Over memory of the system's dma-buf heap, coherent with the CPU's caches where the device is."""
         if "cl_qcom_dmabuf_host_ptr" not in self._extensions:
             return None
-        page = max(self._device_info(_PAGE_SIZE), mmap.PAGESIZE)
-        size = -(-(nbytes + self._device_info(_PADDING)) // page) * page
+        page = max(self._info(_PAGE_SIZE), mmap.PAGESIZE)
+        size = -(-(nbytes + self._info(_PADDING)) // page) * page
         try:
             fd = self._allocate(size)
         except OSError:  # not ours to open
@@ -149,12 +149,12 @@ class Qualcomm(Vendor):
             os.close(heap)
         return int.from_bytes(request[8:12], "little")
 
-    def _device_info(self, what: int) -> int:
+    def _info(self, what: int) -> int:
         value = c_size_t()
         ask = self._library.function(
             "clGetDeviceInfo", c_int32, c_void_p, c_uint32, c_size_t, c_void_p, c_void_p
         )
-        ask(self._device.int_ptr, what, ctypes.sizeof(value), byref(value), None)
+        ask(self.device.int_ptr, what, ctypes.sizeof(value), byref(value), None)
         return value.value
 
     def close(self) -> None:

@@ -69,11 +69,11 @@ class Vendor:
     """How a token's kernels come to the device."""
 
     def __init__(self, device: Any) -> None:
-        self._device = device
+        self.device = device
 
     def context(self) -> Any:
         """A context of the device alone."""
-        return cl.Context([self._device])
+        return cl.Context([self.device])
 
     def record(self, queue: Any, launches: Sequence[Launch]) -> Recording | None:
         """Have the launches repeated as one from now on; None: they have to be made one by one."""

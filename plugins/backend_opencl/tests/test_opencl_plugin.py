@@ -14,7 +14,7 @@ from pi2.errors import OptionError, PluginError
 from pi2.plugins import Plugins
 from pi2.tensor import DTYPES, Tensor, encode
 from pi2.testing.plugin import examples
-from pi2_backend_opencl import caps, device, matrix, report, selftest
+from pi2_backend_opencl import caps, device, matrix, selftest, trials
 from pi2_backend_opencl.backend import OpenclBackend
 from pi2_backend_opencl.layout import GROUP, PLANES, clustered
 
@@ -187,24 +187,24 @@ def test_a_folder_that_cannot_be_written_costs_only_time(found, tmp_path):
 
 def test_a_build_that_the_driver_refuses_falls_back_aloud(found, tmp_path):
     odd = dataclasses.replace(caps.resolve(found.caps), options=("-qcom-enable-large-buffer",))
-    opened, remarks = selftest.first_that_works(found, odd, tmp_path)
+    opened, remarks = trials.first_that_works(found, odd, tmp_path)
     assert len(remarks) == 1
     assert "FELL BACK to plain kernels" in remarks[0]
     assert "refuses" in remarks[0]
-    assert not selftest.problems(opened)
+    assert not trials.problems(opened)
 
 
 def test_wrong_numbers_are_noticed_and_nothing_is_left_to_fall_back_to(found, tmp_path, monkeypatch):
-    true = selftest.matrix.multiply
+    true = trials.matrix.multiply
 
     def miscompiled(*arguments):
         true(*arguments)
         true(*arguments[:3], None, *arguments[4:])
         cl.enqueue_fill_buffer(arguments[0].queue, arguments[4], np.float32(1), 0, 4)
 
-    monkeypatch.setattr(selftest.matrix, "multiply", miscompiled)
+    monkeypatch.setattr(trials.matrix, "multiply", miscompiled)
     with pytest.raises(PluginError, match="computes wrong numbers") as refusal:
-        selftest.first_that_works(found, caps.resolve(found.caps), tmp_path)
+        trials.first_that_works(found, caps.resolve(found.caps), tmp_path)
     assert "--backend cpu" in refusal.value.hint
 
 
@@ -220,12 +220,17 @@ def test_what_a_driver_raises_is_one_clear_error(backend, monkeypatch, error, sa
     assert refusal.value.hint
 
 
-def test_the_report_for_owners_of_a_device_is_json_with_right_kernels(found, capsys):
-    report.main(["--rows", "64", "--cols", "64"])
+def test_the_selftest_for_owners_of_a_device_is_json_with_right_kernels(found, capsys):
+    selftest.main(["--rows", "64", "--cols", "64", "--json"])
     said = json.loads(capsys.readouterr().out)
+    assert said["ok"]
+    assert set(said["best"]) == {"f32", "int8"}
+    assert said["variants"]["plain"]["background"]["wrong"] is None
     assert said["variants"]["plain"]["wrong"] == []
     assert said["variants"]["as detected"]["launch_s"] > 0
+    selftest.main(["--rows", "64", "--cols", "64"])
+    assert ": ok\n" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        report.main(["--rows", "3"])
+        selftest.main(["--rows", "3"])
     with pytest.raises(SystemExit, match="Voodoo"):
-        report.main(["--device", "Voodoo"])
+        selftest.main(["--device", "Voodoo"])

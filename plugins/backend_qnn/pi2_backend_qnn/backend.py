@@ -1,56 +1,201 @@
-"""The Qualcomm NPU backend: its place in pi2, without its graphs yet."""
+"""The backend ``qnn``: checks its options, starts the worker, and computes through static graphs."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from pi2.accelerator import FfnDone, ToPlace
 from pi2.api import Backend, FfnSpec, Probe
-from pi2.errors import PluginError
-from pi2.tensor import F32, U8, Ids, Tensor
+from pi2.errors import OptionError
+from pi2.tensor import BLOCK, F32, U8, Ids, Tensor
 
-# How the kernel offers the compute DSP: upstream, and in Qualcomm's older Android trees.
-_DEVICES = ("dev/fastrpc-cdsp", "dev/adsprpc-smd")
+from pi2_backend_qnn import host, probe, targets
+from pi2_backend_qnn.client import Client
+from pi2_backend_qnn.contexts import FORMAT, Contexts, compile_all
+from pi2_backend_qnn.errors import NoDevice, QnnError
+from pi2_backend_qnn.ffn import Call, begin
+from pi2_backend_qnn.placed import Ffn, Matrix, rows_for
+from pi2_backend_qnn.programs import Programs
+from pi2_backend_qnn.scaling import input_exponents, scaled
+from pi2_backend_qnn.tokens import finite_rows, pad, pieces
+
+_EMULATED_SOC = "SM8650"
+EMULATOR = "htp-emulator-x86"
+"""What the worker calls the emulator; a device is "htp-device"."""
 
 
 class QnnBackend(Backend):
-    """Graphs for the Hexagon NPU will be here.  This version has no graph."""
+    """Static graphs for the Hexagon NPU, in fp16 with weights of 4 or 8 bits, in a process of their own.
+
+    ``emulator`` "on": Qualcomm's emulator in place of a device, for tests; very slow.  ``soc``: the chip, by
+    Qualcomm's name; the device's own by default.  ``contexts``: a folder that ``pi2 compile`` made; without
+    it, graphs are compiled when first needed.  ``cluster``: neurons of a cluster.  ``deadline``: seconds
+    until an answer of the NPU is given up.  ``library``: another libQnnHtp.so than the package's.
+    The others are QNN's: see its documentation.
+    """
 
     name = "qnn"
+    tolerance = 1e-2  # fp16 products; measured 4e-4 for one matrix and up to 4e-3 through an FFN
 
     @classmethod
     def probe(cls) -> Probe:
-        runtime = "has" if find_spec("onnxruntime") else "does not have"
-        return Probe(
-            0,
-            "not built yet: graphs for the Hexagon NPU will be here, this version has the registration only"
-            f" ({describe_npu(Path('/'))}, Python {runtime} onnxruntime)",
+        return probe.probe()
+
+    def __init__(
+        self,
+        emulator: str = "off",
+        soc: str | None = None,
+        contexts: str | None = None,
+        cluster: int = 512,
+        deadline: float = 120.0,
+        library: str | None = None,
+        performance: str = "burst",
+        priority: str = "normal",
+        vtcm_mb: int | None = None,
+        rpc_latency_us: int | None = None,
+    ) -> None:
+        if emulator not in ("on", "off"):
+            raise OptionError(f"emulator is on or off, not {emulator!r}")
+        if not BLOCK <= cluster <= 1 << 14 or cluster % BLOCK:
+            raise OptionError(
+                f"a cluster cannot have {cluster} neurons", hint="a multiple of 32, up to 16384"
+            )
+        if not 0 < deadline <= 3600:
+            raise OptionError(f"deadline cannot be {deadline:g} s", hint="more than 0, at most 3600")
+        targets.check_packages(targets.installed())
+        self._soc = _choose_soc(emulator == "on", soc)
+        options = targets.provider_options(self._soc, performance, priority, vtcm_mb, rpc_latency_us)
+        self._cluster = cluster
+        self._trouble: QnnError | None = None  # of preparing, to be raised when the graph is needed
+        self._client = Client(library, options, deadline)
+        try:
+            self._client.start()
+            self.kind = self._client.about["kind"]
+            self.emulated = self.kind == EMULATOR
+            if self.emulated and emulator == "off":
+                raise NoDevice("the QNN provider finds no NPU", hint="--backend qnn:emulator=on emulates one")
+            self.about = self._about(options)
+            self._contexts = None if contexts is None else Contexts.open(contexts, self.about)
+            self._programs = Programs(self._client, self._contexts)
+        except BaseException:
+            self._client.close()
+            raise
+
+    def _about(self, options: dict[str, str]) -> dict[str, Any]:
+        """What compiled contexts depend on, beside weights; the other options can change afterwards."""
+        fixed = {name: value for name, value in options.items() if name in ("soc_model", "vtcm_mb")}
+        return {
+            "format": FORMAT,
+            "soc": self._soc.name,
+            "arch": self._soc.arch,
+            "versions": dict(self._client.about["versions"]),
+            "options": {**fixed, "cluster": self._cluster},
+        }
+
+    def describe(self) -> str:
+        what = "EMULATED by x86 code, no measure of speed" if self.emulated else "NPU"
+        versions = self.about["versions"]
+        compiled = "compiled ahead" if self._contexts else "compiled when needed"
+        return (
+            f"Hexagon {self._soc.arch} of {self._soc.name}, {what}, fp16, graphs {compiled}, single rows of"
+            f" matrices by NumPy; QNN {versions['onnxruntime-qnn']}, ONNX Runtime {versions['onnxruntime']}"
         )
 
-    def __init__(self) -> None:
-        raise _not_built()
+    @classmethod
+    def compile(
+        cls,
+        weights: ToPlace,
+        destination: Path,
+        options: Mapping[str, str],
+        progress: Callable[[str, int, int], None],
+    ) -> dict[str, Any]:
+        """Compile contexts on x86 or on the device itself; the emulator's compiler is the device's."""
+        npu = probe.find_npu()
+        backend = cls.open({**({} if npu and npu.usable else {"emulator": "on"}), **options})
+        try:
+            placed = [backend.place(matrix) for matrix in weights.matrices]
+            ffns = (backend.place_ffn(bundles(), weights.spec) for bundles in weights.ffns)
+            about = {**backend.about, "source": dict(weights.source)}
+            total = len(placed) + len(weights.ffns)
+            found = compile_all(backend._programs, chain(placed, ffns), total, about, destination, progress)
+        finally:
+            backend.close()
+        return {**found, "use": f"qnn:contexts={destination},soc={backend._soc.name}"}
 
-    def place(self, weight: Tensor) -> object:
-        raise _not_built()
+    def close(self) -> None:
+        self._client.close()
 
-    def linear(self, weight: Any, x: F32, out: F32, rows: Ids | None = None) -> None:
-        raise _not_built()
+    def place(self, weight: Tensor) -> Matrix:
+        return Matrix(weight=weight)
 
-    def place_ffn(self, bundles: U8, spec: FfnSpec) -> object:
-        raise _not_built()
+    def linear(self, weight: Matrix, x: F32, out: F32, rows: Ids | None = None) -> None:
+        if rows is not None:
+            out[:] = host.linear(weight, x, rows)
+            return
+        if out.size == 0:
+            return
+        x, bad = finite_rows(x)
+        for part in pieces(len(x)):
+            e, many = input_exponents(x[part]), rows_for(len(x[part]))
+            fed = {"x": pad(scaled(x[part], -e), many)}
+            run = self._programs.begin(weight, (many, 1), fed, [(1, many, weight.weight.rows)])
+            _, (y,) = run.finish()
+            out[part] = scaled(y[0, : len(e)], e + weight.exponent)
+        if bad is not None:
+            out[bad.rows] = host.linear(weight, bad.x, None)
 
-    def ffn(self, ffn: Any, x: F32, out: F32, rows: Ids | None = None) -> int:
-        raise _not_built()
+    def place_ffn(self, bundles: U8, spec: FfnSpec) -> Ffn:
+        return Ffn(bundles=bundles, spec=spec, cluster=self._cluster)
+
+    def ffn(self, ffn: Ffn, x: F32, out: F32, rows: Ids | None = None) -> int:
+        """All neurons are computed; those that are not among ``rows`` are multiplied by 0."""
+        mask = np.ones(ffn.neurons, np.float32)
+        if rows is not None:
+            mask[:] = 0
+            mask[rows] = 1
+        if out.size == 0 or not mask.any():
+            out[:] = 0
+            return 0
+        return begin(self._programs, ffn, x, mask, ffn.clusters).finish(out).active
+
+    def prepare_ffn(self, ffn: Ffn, tokens: int, count: int) -> None:
+        if self._trouble is None:
+            try:
+                for shape in {(rows_for(p.stop - p.start), ffn.clusters_for(count)) for p in pieces(tokens)}:
+                    self._programs.prepare(ffn, shape)
+            except QnnError as e:
+                self._trouble = e
+
+    def begin_ffn(self, ffn: Ffn, x: F32, count: int) -> Call:
+        """Raises what went wrong when the graph was prepared, too."""
+        trouble, self._trouble = self._trouble, None
+        if trouble is not None:
+            raise trouble
+        mask = (np.arange(ffn.neurons) < count).astype(np.float32)
+        return begin(self._programs, ffn, x, mask, ffn.clusters_for(count))
+
+    def finish_ffn(self, ticket: Call, out: F32) -> FfnDone:
+        return ticket.finish(out)
+
+    def cancel_ffn(self, ticket: Call) -> None:
+        ticket.cancel()
+
+    def release(self, handle: Any) -> None:
+        self._programs.release(handle)
 
 
-def describe_npu(root: Path) -> str:
-    """Whether the devices below ``root`` include a Hexagon compute DSP."""
-    for device in _DEVICES:
-        if (root / device).exists():
-            return f"this machine has a Hexagon DSP at /{device}"
-    return f"this machine has no Hexagon NPU: no /{_DEVICES[0]}"
-
-
-def _not_built() -> PluginError:
-    return PluginError("the qnn backend is not built yet", hint="use --backend numpy")
+def _choose_soc(emulated: bool, name: str | None) -> targets.Soc:
+    if emulated:
+        return targets.soc_named(name or _EMULATED_SOC)
+    npu = probe.find_npu()
+    if npu is None or not npu.usable:
+        raise NoDevice(probe.describe_npu(npu), hint="--backend qnn:emulator=on emulates one, for tests")
+    if (name := name or npu.soc) is None:
+        raise OptionError(
+            "the kernel does not say which SoC this is", hint="say it: --backend qnn:soc=SM8650, for one"
+        )
+    return targets.soc_named(name)

@@ -1,18 +1,37 @@
-"""The package registers, tells the truth about this machine, and does nothing else yet."""
-
-from pathlib import Path
+"""What needs none of Qualcomm's libraries: the probe, options, versions, and how weights are packed."""
 
 import numpy as np
 import pi2_backend_qnn
 import pytest
-from pi2.errors import PluginError
+from hypothesis import given
+from hypothesis import strategies as st
+from pi2.errors import OptionError, PluginError
 from pi2.plugins import Plugins
-from pi2.testing.plugin import PluginTests
-from pi2_backend_qnn.backend import QnnBackend, describe_npu
+from pi2.tensor import Tensor, encode
+from pi2.testing.plugin import PluginTests, examples
+from pi2_backend_qnn import errors, pack, probe, scaling, targets
+from pi2_backend_qnn.backend import QnnBackend
+
+GOOD = {"onnxruntime": "1.31.1", "onnxruntime-qnn": "2.7.0", "onnx": "1.23.2"}
 
 
-class TestQnnBackend(PluginTests):
+@pytest.fixture
+def without_extra(monkeypatch):
+    monkeypatch.setattr(probe, "find_spec", lambda name: None)
+    monkeypatch.setattr(targets, "installed", dict)
+
+
+@pytest.mark.usefixtures("without_extra")
+class TestWithoutTheExtra(PluginTests):
     plugin = QnnBackend
+
+    def test_it_says_in_one_line_how_to_get_it(self):
+        reason = QnnBackend.probe().reason
+        assert 'pip install "pi2-backend-qnn[qnn]"' in reason
+        assert "\n" not in reason
+        with pytest.raises(errors.NotInstalled) as refusal:
+            QnnBackend.open({"emulator": "on"})
+        assert refusal.value.hint == errors.INSTALL
 
 
 def test_it_registers_one_backend():
@@ -22,33 +41,134 @@ def test_it_registers_one_backend():
     assert plugins.of("backends") == {"qnn": QnnBackend}
 
 
-def test_it_is_never_picked():
-    plugins = Plugins()
-    plugins.add("qnn", pi2_backend_qnn)
-    with pytest.raises(PluginError, match="qnn cannot run here: not built yet"):
-        plugins.pick("backends", "qnn")
-    with pytest.raises(PluginError, match="none of the backends can run here"):
-        plugins.pick("backends")
+def test_it_is_never_taken_by_itself():
+    assert Plugins.installed().pick("backends").name != "qnn"
+    assert QnnBackend.probe().score < 5
+
+
+def machine(root, chip=None, device="fastrpc-cdsp"):
+    (root / "dev").mkdir()
+    (root / "dev" / device).touch()
+    if chip is not None:
+        (root / "sys/devices/soc0").mkdir(parents=True)
+        (root / "sys/devices/soc0/machine").write_text(f"{chip}\n")
+    return root
 
 
 @pytest.mark.parametrize("device", ["fastrpc-cdsp", "adsprpc-smd"])
 def test_it_says_whether_there_is_an_npu(tmp_path, device):
-    assert describe_npu(tmp_path) == "this machine has no Hexagon NPU: no /dev/fastrpc-cdsp"
-    (tmp_path / "dev").mkdir()
-    (tmp_path / "dev" / device).touch()
-    assert describe_npu(tmp_path) == f"this machine has a Hexagon DSP at /dev/{device}"
-    assert describe_npu(Path("/")) in QnnBackend.probe().reason
+    assert probe.find_npu(tmp_path) is None
+    npu = probe.find_npu(machine(tmp_path, "SM8650P", device))
+    assert npu == probe.Npu(f"/dev/{device}", usable=True, soc="SM8650")
+    assert probe.describe_npu(npu) == f"this machine has a Hexagon NPU at /dev/{device}, SM8650"
+    (tmp_path / "sys/devices/soc0/machine").write_text("KALAMA")
+    assert probe.find_npu(tmp_path).soc is None
 
 
-def test_no_method_pretends():
-    backend = object.__new__(QnnBackend)  # open() refuses, so nobody gets here
-    x = np.zeros((1, 1), np.float32)
-    calls = (
-        lambda: backend.place(None),
-        lambda: backend.linear(None, x, x),
-        lambda: backend.place_ffn(None, None),
-        lambda: backend.ffn(None, x, x),
-    )
-    for call in calls:
-        with pytest.raises(PluginError, match="not built yet"):
-            call()
+def test_a_device_is_told_apart_from_the_emulator(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "find_spec", lambda name: object())
+    monkeypatch.setattr(probe, "installed", lambda: GOOD)
+    assert "emulator only" in probe.probe(tmp_path, "x86_64").reason
+    assert probe.probe(tmp_path, "aarch64").score == 0
+    found = probe.probe(machine(tmp_path, "SM8650"), "aarch64")
+    assert found
+    assert "only by name" in found.reason
+    monkeypatch.setattr(probe, "installed", lambda: GOOD | {"onnxruntime": "1.33.0"})
+    assert "1.33.0" in probe.probe(tmp_path, "x86_64").reason
+
+
+@pytest.mark.parametrize(
+    ("package", "version"),
+    [("onnxruntime", "1.24.3"), ("onnxruntime", "1.32.0"), ("onnxruntime-qnn", "2.3.0")],
+)
+def test_versions_that_do_not_fit_are_named(package, version):
+    targets.check_packages(GOOD)
+    with pytest.raises(errors.WrongVersion, match=f"{package} {version}"):
+        targets.check_packages(GOOD | {package: version})
+    with pytest.raises(errors.NotInstalled, match=package):
+        targets.check_packages({name: v for name, v in GOOD.items() if name != package})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"emulator": "maybe"}, {"cluster": "33"}, {"cluster": "0"}, {"deadline": "0"}, {"deadline": "nan"},
+        {"performance": "fastest"}, {"priority": "first"}, {"vtcm_mb": "0"}, {"rpc_latency_us": "-1"},
+        {"htp_arch": "75"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_that_qnn_would_ignore_are_refused(options, monkeypatch):
+    monkeypatch.setattr(targets, "installed", lambda: GOOD)
+    with pytest.raises(OptionError):
+        QnnBackend.open({"emulator": "on"} | options)
+
+
+@pytest.mark.parametrize(("name", "says"), [("SM1", "there is no SoC 'SM1'"), ("sm8350", "neither fp16")])
+def test_an_unknown_soc_is_refused(name, says, monkeypatch):
+    monkeypatch.setattr(targets, "installed", lambda: GOOD)
+    with pytest.raises(errors.WrongSoc, match=says):
+        QnnBackend.open({"emulator": "on", "soc": name})
+
+
+def test_no_npu_and_no_emulator_asked_for_is_an_error(monkeypatch):
+    monkeypatch.setattr(targets, "installed", lambda: GOOD)
+    monkeypatch.setattr(probe, "find_npu", lambda: None)
+    with pytest.raises(errors.NoDevice) as refusal:
+        QnnBackend.open()
+    assert "emulator=on" in refusal.value.hint
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        (
+            "Unable to load backend, error: libQnnHtp.so: cannot open shared object file",
+            errors.LibraryMissing,
+        ),
+        ("[E] QNN_DEVICE_ERROR_INVALID_CONFIG", errors.WrongSoc),
+        ("QNN_CONTEXT_ERROR_CREATE_FROM_BINARY", errors.ContextDamaged),
+        ("REASON : standalone DQ", errors.GraphRefused),
+        ("", errors.GraphRefused),
+    ],
+)
+def test_the_providers_own_reason_is_the_error(said, kind):
+    error = errors.reason("This session contains graph nodes", said)
+    assert type(error) is kind
+    assert isinstance(error, PluginError)
+    assert error.hint
+    assert (said or "session contains").split("] ")[-1] in str(error)
+
+
+@examples(100)
+@given(dtype=st.sampled_from(("q4_0", "q8_0")), seed=st.integers(0, 99), power=st.integers(-8, 3))
+def test_packing_changes_no_weight(dtype, seed, power):
+    """Taken apart and put together as MatMulNBits does, the weights are GGUF's, bit for bit."""
+    values = np.random.default_rng(seed).standard_normal((5, 96), dtype=np.float32) * np.float32(2.0**power)
+    tensor = Tensor(encode(values, dtype), dtype, 96)
+    q = pack.quants_of(tensor.data, dtype)
+    packed = pack.nbits(q.quants, q.bits)
+    if q.bits == 4:
+        packed = np.stack((packed & 15, packed >> 4), axis=-1)
+    quants = packed.reshape(5, -1, 32).astype(np.float32) - 2 ** (q.bits - 1)
+    assert np.array_equal((quants * q.scales[:, :, None]).reshape(5, 96), tensor.to_f32())
+    e = pack.exponent(tensor.data, dtype)
+    assert np.abs(tensor.to_f32()).max() < 2.0**e
+    assert np.array_equal(np.ldexp(np.ldexp(q.scales, -e), e), q.scales)
+
+
+@examples(100)
+@given(seed=st.integers(0, 99), power=st.integers(-100, 100))
+def test_tokens_are_scaled_without_loss(seed, power):
+    x = np.random.default_rng(seed).standard_normal((3, 7), dtype=np.float32) * np.float32(2.0**power)
+    x[1] = 0
+    e = scaling.input_exponents(x)
+    small = scaling.scaled(x, -e)
+    assert np.abs(small).max() < 1
+    assert np.abs(small[0]).max() >= 0.5
+    assert np.array_equal(scaling.scaled(small, e), x)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    with pytest.raises(errors.GraphRefused, match="not finite"):
+        pack.exponent(encode(np.full((1, 4), np.inf, np.float32), "f16"), "f16")

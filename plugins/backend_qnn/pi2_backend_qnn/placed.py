@@ -1,0 +1,142 @@
+"""Weights that were placed: their graphs, one for each static shape, and how to have them made."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+from pi2.api import FfnSpec
+from pi2.tensor import F32, U8, Tensor
+
+from pi2_backend_qnn import pack
+from pi2_backend_qnn.client import Reply
+from pi2_backend_qnn.scaling import FfnScaling
+
+ROWS: Final = (1, 4, 8, 32, 128)
+"""Tokens of a graph: 1 to 8 decode, 32 and 128 prefill; fewer tokens are padded with zeros."""
+SHARES: Final = 4
+"""A handle has so many graphs for each number of tokens: the first quarter of its clusters, half, ..."""
+
+Shape = tuple[int, int]
+"""Tokens, and clusters (1 for a matrix), of a graph."""
+
+
+def rows_for(tokens: int) -> int:
+    """Tokens of the smallest graph that takes so many; of the largest, if none does."""
+    return next((rows for rows in ROWS if tokens <= rows), ROWS[-1])
+
+
+@dataclass(eq=False)
+class Placed:
+    """What matrices and FFNs share.  ``graphs``: number of a graph in the worker, by shape."""
+
+    graphs: dict[Shape, int] = field(default_factory=dict)
+    building: dict[Shape, int] = field(default_factory=dict)
+    """Tickets of graphs that were asked for ahead of time."""
+    made: dict[Shape, Reply] = field(default_factory=dict)
+    """How graphs were made that nobody has run yet."""
+    generation: int = 0
+    """Of the worker that ``graphs`` are in."""
+
+    def forget(self, generation: int) -> None:
+        """The graphs are gone."""
+        self.graphs, self.building, self.made = {}, {}, {}
+        self.generation = generation
+
+    @property
+    def digest(self) -> str:
+        """Of all that a graph is made of, but its shape."""
+        raise NotImplementedError
+
+    def request(self, shape: Shape) -> tuple[dict[str, Any], dict[str, U8]]:
+        """What to ask the worker for, and the arrays that go with it."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class Matrix(Placed):
+    weight: Tensor = field(kw_only=True)
+
+    def __str__(self) -> str:
+        return f"a {self.weight.dtype} matrix of {self.weight.rows} rows"
+
+    @cached_property
+    def exponent(self) -> int:
+        return pack.exponent(self.weight.data, self.weight.dtype)
+
+    @cached_property
+    def digest(self) -> str:
+        return _digest(self.weight.data, f"linear {self.weight.dtype} {self.weight.cols}")
+
+    def request(self, shape: Shape) -> tuple[dict[str, Any], dict[str, U8]]:
+        asked = {"do": "linear", "rows": shape[0], "dtype": self.weight.dtype, "cols": self.weight.cols}
+        return asked | {"exponent": self.exponent}, {"data": np.ascontiguousarray(self.weight.data)}
+
+
+@dataclass(eq=False)
+class Ffn(Placed):
+    """Neurons (k, stride) in clusters of ``cluster``, in their order."""
+
+    bundles: U8 = field(kw_only=True)
+    spec: FfnSpec = field(kw_only=True)
+    cluster: int = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        geometry = self.spec.geometry
+        self.exponents = {}
+        for name in ("gate", "up", "down"):
+            if (dtype := getattr(geometry, name)) is not None:
+                offset, size = geometry.segments()[name]
+                self.exponents[name] = pack.exponent(self.bundles[:, offset : offset + size], dtype)
+        biases: F32 | None = geometry.unpack_segment(self.bundles, "bias") if geometry.biased else None
+        self.scaling = FfnScaling.of(self.spec, self.exponents, biases)
+
+    def __str__(self) -> str:
+        return f"these {self.neurons} neurons"
+
+    @property
+    def neurons(self) -> int:
+        return len(self.bundles)
+
+    @property
+    def clusters(self) -> int:
+        return -(-self.neurons // self.cluster)
+
+    def clusters_for(self, count: int) -> int:
+        """Clusters of the smallest graph that has the first ``count`` neurons."""
+        needed = -(-count // self.cluster)
+        return next(n for n in self.prefixes() if n >= needed)
+
+    def prefixes(self) -> list[int]:
+        """Clusters of the graphs that there may be, ascending."""
+        shares = range(1, SHARES + 1)
+        return sorted({-(-self.clusters * share // SHARES) for share in shares})
+
+    def sizes(self, clusters: int) -> list[int]:
+        """Neurons of the first clusters, of which the last may be short."""
+        return [min(self.cluster, self.neurons - c * self.cluster) for c in range(clusters)]
+
+    @cached_property
+    def digest(self) -> str:
+        spec = self.spec
+        what = f"ffn {spec.geometry.to_dict()} {spec.activation} {spec.up_relu} {self.cluster}"
+        return _digest(self.bundles, what)
+
+    def request(self, shape: Shape) -> tuple[dict[str, Any], dict[str, U8]]:
+        rows, clusters = shape
+        spec = {
+            "geometry": self.spec.geometry.to_dict(),
+            "activation": self.spec.activation,
+            "up_relu": self.spec.up_relu,
+        }
+        asked = {"do": "ffn", "rows": rows, "spec": spec, "cluster": self.cluster}
+        return asked | {"exponents": self.exponents}, {"bundles": self.bundles[: clusters * self.cluster]}
+
+
+def _digest(data: U8, what: str) -> str:
+    sha = hashlib.sha256(f"{what} {data.shape}\n".encode())
+    sha.update(np.ascontiguousarray(data).data)
+    return sha.hexdigest()

@@ -1,0 +1,142 @@
+"""Whole models on the emulator: alone, and with the hot clusters there and the rest on the CPU."""
+
+import json
+
+import numpy as np
+import pytest
+from pi2.builtin.mmap_tier import MmapTier
+from pi2.container.reader import open_model
+from pi2.engine import Engine
+from pi2.errors import PluginError
+from pi2.hybrid import HybridOptions
+from pi2.model_choice import find_model
+from pi2.offload import OffloadOptions
+from pi2.plugins import Plugins
+from pi2.sampling import Sampling
+from pi2.testing.models import toy_architecture, write_toy_model
+from pi2_backend_qnn.backend import QnnBackend
+from pi2_backend_qnn.probe import probe
+
+pytestmark = pytest.mark.skipif(not probe(), reason=probe().reason)
+QNN = "qnn:emulator=on,cluster=32"
+PROMPT = list(range(40, 52))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_toy_model(tmp_path_factory.mktemp("qnn") / "model", toy_architecture(), quant="q4_0")
+
+
+@pytest.fixture(scope="module")
+def dense(model):
+    with Engine.open(model, backend="numpy", predictor="exact") as engine:
+        return engine.logits(PROMPT), tokens(engine)
+
+
+def tokens(engine):
+    generation = engine.generate(PROMPT, Sampling(max_tokens=6))
+    for _ in generation:
+        pass
+    return generation.stats.tokens
+
+
+def far(got, want):
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def test_a_model_on_the_npu_alone_has_the_logits_of_the_dense_model(model, dense):
+    """Prefill by a graph of 32 rows, decoding by one of a single row."""
+    with Engine.open(model, backend=QNN, predictor="exact") as engine:
+        session = engine.session()
+        many = session.logits(PROMPT[:8])
+        one = np.concatenate([session.logits([token]) for token in PROMPT[8:]])
+        assert far(np.concatenate((many, one)), dense[0]) < QnnBackend.tolerance
+        setup = engine.setup()
+        assert setup["emulated"]
+        assert "EMULATED" in setup["config"]["parts"]["backend"]
+
+
+@pytest.mark.parametrize("hot", [0.2, 0.6, 1.0])
+def test_hot_on_the_npu_and_cold_on_the_cpu_is_the_dense_model(model, dense, tmp_path, hot):
+    trace = tmp_path / "trace.json"
+    shared = HybridOptions(hot=hot, cluster=32, prefill="accelerator", trace=trace)
+    with Engine.open(model, backend=QNN, cold="numpy", predictor="exact", hybrid=shared) as engine:
+        assert far(engine.logits(PROMPT), dense[0]) < QnnBackend.tolerance
+        assert tokens(engine) == dense[1]
+        graphs = engine.setup()["hybrid"]["graphs"]
+    events = json.loads(trace.read_text())
+    spans = {name: [e for e in events if e["name"] == name] for name in ("hot", "cold", "graph")}
+    assert graphs["used"] == len(spans["graph"]) == 2 * 2  # layers times prefill and decode
+    assert {e["args"]["neurons"] for e in spans["graph"]} == {160, round(hot * 160)}
+    assert {e["tid"] for e in spans["graph"]}.isdisjoint(e["tid"] for e in spans["hot"] + spans["cold"])
+    assert len(spans["hot"]) > len(spans["cold"]) == 2 * 5
+
+
+def test_the_ratio_changes_while_tokens_are_made(model, dense):
+    shared = HybridOptions(hot=0.2, most=1.0, cluster=32)
+    with Engine.open(model, backend=QNN, cold="numpy", predictor="exact", hybrid=shared) as engine:
+        session, logits = engine.session(), []
+        for number, token in enumerate(PROMPT):
+            engine.hybrid.set_share((0.2, 0.6, 1.0)[number // 4])
+            logits.append(session.logits([token]))
+        assert far(np.concatenate(logits), dense[0]) < QnnBackend.tolerance
+        assert engine.setup()["hybrid"]["graphs"]["used"] >= 2 * 2
+
+
+def test_hot_neurons_come_from_flash_where_the_rest_stays(model, dense):
+    offload = OffloadOptions(slots=300)
+    shared = HybridOptions(hot=0.6, cluster=32)
+    with Engine.open(
+        model, backend=QNN, cold="numpy", predictor="exact", hybrid=shared, offload=offload
+    ) as engine:
+        assert tokens(engine) == dense[1]
+
+
+@pytest.mark.parametrize("lost", ["stop", "cpu"])
+def test_an_npu_that_is_lost_stops_the_engine_or_leaves_it_to_the_cpu_aloud(model, dense, lost):
+    import os
+    import signal
+
+    shared = HybridOptions(hot=0.6, cluster=32, lost=lost)
+    with Engine.open(model, backend=QNN, cold="numpy", predictor="exact", hybrid=shared) as engine:
+        session = engine.session()
+        session.logits(PROMPT[:1])
+        os.kill(engine.hybrid._accelerator._client.process_id, signal.SIGKILL)
+        if lost == "stop":
+            with pytest.raises(PluginError, match="SIGKILL"):
+                session.logits(PROMPT[1:2])
+            assert tokens(engine) == dense[1]  # a new worker has taken over
+        else:
+            session.logits(PROMPT[1:2])
+            assert any("SIGKILL" in note and "the CPU computes everything" in note for note in engine.notes)
+
+
+def test_figures_of_speed_are_left_out(model):
+    with Engine.open(model, backend=QNN, predictor="exact") as engine:
+        generation = engine.generate(PROMPT, Sampling(max_tokens=2))
+        for _ in generation:
+            pass
+        said = generation.stats.to_json(engine.setup())
+    assert generation.stats.decode_tps > 0
+    speed = ("ttft_s", "prefill_tps", "decode_tps", "token_latency_s")
+    assert [said[name] for name in speed] == [None] * 4
+
+
+def test_ffns_of_the_default_model_are_right_for_the_inputs_that_they_get():
+    """The first, a middle and the last one, on what the text makes of the layers before them."""
+    model = open_model(find_model("smollm2-relu", Plugins.installed()), tier := MmapTier.open())
+    seen = {}
+    with Engine.open(str(model.path), backend="numpy", predictor="exact", context=64) as engine:
+        engine.decoder.observer = lambda ffn, x: seen.setdefault(ffn, x.copy())
+        engine.logits(engine.encode("The capital of France is"))
+        spec, backend = engine.decoder.ffns._ffns[0].spec, QnnBackend.open({"emulator": "on"})
+        numpy = engine.backend
+        for ffn in (0, 14, 29):
+            x, bundles = seen[ffn], model.bundles(ffn)
+            here, there = np.empty_like(x), np.empty_like(x)
+            backend.ffn(backend.place_ffn(bundles, spec), x, here)
+            numpy.ffn(numpy.place_ffn(bundles, spec), x, there)
+            assert far(here, there) < QnnBackend.tolerance
+        backend.close()
+    model.close()
+    tier.close()

@@ -1,0 +1,95 @@
+"""What can go wrong in the worker, each with its own error; afterwards the next call works."""
+
+import os
+import signal
+
+import numpy as np
+import pytest
+from pi2.tensor import Tensor, encode
+from pi2_backend_qnn import errors
+from pi2_backend_qnn.backend import QnnBackend
+from pi2_backend_qnn.client import Client
+from pi2_backend_qnn.probe import probe
+
+pytestmark = pytest.mark.skipif(not probe(), reason=probe().reason)
+X = np.random.default_rng(1).standard_normal((1, 32), dtype=np.float32)
+
+
+def weight(dtype="q4_0"):
+    values = np.random.default_rng(0).standard_normal((8, 32), dtype=np.float32)
+    return Tensor(encode(values, dtype), dtype, 32)
+
+
+def product(backend, handle):
+    out = np.full((1, 8), np.nan, np.float32)
+    backend.linear(handle, X, out)
+    return out.tobytes()
+
+
+@pytest.fixture
+def backend():
+    opened = QnnBackend.open({"emulator": "on", "deadline": "20"})
+    yield opened
+    opened.close()
+
+
+def test_a_killed_worker_is_an_error_once(backend):
+    handle = backend.place(weight())
+    before = product(backend, handle)
+    os.kill(backend._client.process_id, signal.SIGKILL)
+    with pytest.raises(errors.WorkerDied, match="SIGKILL") as refusal:
+        product(backend, handle)
+    assert "starts a new one" in refusal.value.hint
+    assert product(backend, handle) == before
+
+
+def test_a_worker_that_crashes_is_an_error_once(backend):
+    """By SIGSEGV, as QNN itself does with contexts that share weights."""
+    handle = backend.place(weight())
+    before = product(backend, handle)
+    os.kill(backend._client.process_id, signal.SIGSEGV)
+    with pytest.raises(errors.WorkerDied, match="SIGSEGV"):
+        product(backend, handle)
+    assert product(backend, handle) == before
+
+
+def test_no_answer_in_time_is_an_error_once(backend):
+    handle = backend.place(weight())
+    before = product(backend, handle)
+    backend._client._deadline = 0.5
+    worker = backend._client.process_id
+    os.kill(worker, signal.SIGSTOP)
+    with pytest.raises(errors.WorkerTimeout, match=r"within 0\.5 s") as refusal:
+        product(backend, handle)
+    assert "deadline" in refusal.value.hint
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+    backend._client._deadline = 20
+    assert product(backend, handle) == before
+
+
+def test_a_missing_library_is_named(tmp_path):
+    backend = QnnBackend.open({"emulator": "on", "library": str(tmp_path / "libQnnHtp.so")})
+    with pytest.raises(errors.LibraryMissing, match=r"libQnnHtp\.so"):
+        product(backend, backend.place(weight()))
+    backend.close()
+
+
+@pytest.mark.parametrize(
+    ("soc", "error"), [("99999", errors.WrongSoc), ("30", errors.GraphRefused)], ids=["unknown", "too old"]
+)
+def test_what_qnn_says_to_a_soc_is_told(soc, error):
+    client = Client(None, {"soc_model": soc}, 20)
+    placed = QnnBackend.place(None, weight())
+    asked, arrays = placed.request((1, 1))
+    asked |= {name: client.share(array) for name, array in arrays.items()}
+    with pytest.raises(error) as refusal:
+        client.call(asked | {"number": 1, "save": None})
+    assert "QNN" in str(refusal.value)
+    assert refusal.value.hint
+    client.close()
+
+
+def test_what_qnn_prints_is_not_taken_for_an_answer(backend, capfd):
+    product(backend, backend.place(weight()))
+    assert capfd.readouterr() == ("", "")
