@@ -77,11 +77,16 @@ class Room:
     """What the regions are, by how many tokens are computed together: they share the budget out anew."""
 
     def __init__(
-        self, arch: Architecture, g: BundleGeometry, *, chunk: int, fixed: int, memory: int | None, slots: int
-    ) -> None:
-        """``memory`` None: always ``slots``.  ``fixed``: bytes of that region when tokens come one by one."""
+        self, arch: Architecture, g: BundleGeometry, *, chunk: int, fixed: int, memory: int | None,
+        slots: int, elsewhere: int = 0,
+    ) -> None:  # fmt: skip
+        """``memory`` None: always ``slots``.  ``fixed``: bytes of that region when tokens come one by one.
+
+        ``elsewhere``: of these, what hot neurons take that are an accelerator's.
+        """
         self._arch, self._g, self._chunk = arch, g, chunk
         self._fixed, self._memory, self._slots = fixed, memory, slots
+        self._elsewhere = elsewhere
 
     def slots(self, tokens: int) -> int:
         """Of the neuron cache.  Raises BudgetError if that is less than an FFN."""
@@ -98,4 +103,5 @@ class Room:
         """With so many slots, ``hot`` of which are for hot neurons."""
         stride = self._g.stride
         budget = self._memory or self._fixed + capacity * stride
-        return Regions(budget, budget - capacity * stride, hot * stride, (capacity - hot) * stride)
+        kept, cold = self._elsewhere + hot * stride, (capacity - hot) * stride
+        return Regions(budget, budget - kept - cold, kept, cold)

@@ -87,11 +87,19 @@ def open_ffns(
     slots = min(options.slots or 1 << 62, arch.n_layers * arch.n_neurons)
     if slots < arch.n_neurons:
         raise BudgetError(f"{slots} slots cannot hold an FFN", hint=f"{arch.n_neurons} at least")
-    room = Room(arch, g, chunk=offload.chunk, fixed=fixed, memory=options.memory, slots=slots)
+    room = Room(
+        arch,
+        g,
+        chunk=offload.chunk,
+        fixed=fixed,
+        elsewhere=offload.elsewhere,
+        memory=options.memory,
+        slots=slots,
+    )
     least, most = room.slots(offload.most), room.slots(1)
     notes: list[str] = []
     spare = least - arch.n_neurons
-    hot_slots = spare // 2 if options.hot is None else int(options.hot * arch.n_layers * arch.n_neurons)
+    hot_slots = spare * 3 // 4 if options.hot is None else int(options.hot * arch.n_layers * arch.n_neurons)
     hot = hot_neurons(model, min(spare, hot_slots), notes, options.keep == "even")
     cache = NeuronCache(arch.n_layers, arch.n_neurons, g.stride, most, offload.policy)
     ffns = OffloadedFfns(model, backend, tier, predictor, cache, options, room, offload.dense)
