@@ -20,7 +20,7 @@ from pi2.api import Backend, Predictor, Probe
 from pi2.errors import OptionError, Pi2Error
 from pi2.ffns import Ffns
 from pi2.hot import HotClusters
-from pi2.offload import OffloadCount
+from pi2.offload_count import OffloadCount
 from pi2.powers import SPANS, Stage
 from pi2.tensor import F32, Ids
 from pi2.trace import ACCELERATOR, GRAPHS, TraceWriter
