@@ -41,7 +41,7 @@ class HybridOptions:
     prefill: str = "cpu"
     """Where the FFNs of many tokens are computed, dense: "cpu" or "accelerator"."""
     lost: str = "stop"
-    """What happens when the accelerator fails with hot clusters: "stop", or go on on the "cpu", said aloud."""
+    """What happens if the accelerator fails with hot clusters: "stop", or go on on the "cpu", said aloud."""
     trace: Path | None = None
     """File to write what both halves did to, for Perfetto."""
 
