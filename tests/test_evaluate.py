@@ -61,7 +61,7 @@ def judged(model, text, predictor=None, **options):
 def test_the_exact_predictor_is_the_dense_model(model, text):
     found = judged(model, text)
     assert (found.scored, found.sequences, found.agreement) == (64, 2, 1.0)
-    assert found.loss == 0
+    assert found.loss == found.loss_error == 0
     for score in found.layers:
         assert (score.total, score.calls) == (64 * 160, 64)
         assert (score.recall, score.predicted_density) == (1, 1)
@@ -71,7 +71,7 @@ def test_the_exact_predictor_is_the_dense_model(model, text):
 
 def test_perplexity_is_that_of_the_logits(model, text):
     found = judged(model, text, against_dense=False)
-    assert (found.dense, found.agreement, found.loss) == (None, None, None)
+    assert (found.dense, found.agreement, found.loss, found.loss_error) == (None, None, None, None)
     nll = []
     with Engine.open(model, plugins=BUILTINS) as engine:
         for start in (0, 32):
@@ -102,6 +102,9 @@ def test_a_predictor_that_misses_is_seen_to_miss(model, text):
         assert 0.3 < score.recall < 0.7
         assert score.seconds > 0
     assert found.loss != 0
+    differences = np.array(found.sparse.losses) - found.dense.losses
+    assert np.expm1(differences.mean()) == pytest.approx(found.loss)
+    assert found.loss_error == pytest.approx(differences.std() / 8)  # 64 tokens
     assert found.overall().total == 3 * 64 * 160
 
 

@@ -158,6 +158,7 @@ def test_a_share_that_changes_between_tokens_changes_nothing_else(shares, slots)
 def test_hot_neurons_belong_to_the_accelerator_and_never_to_the_cache():
     with hybrid(hot=0.5, offload=OffloadOptions(slots=2 * toys.NEURONS)) as engine:
         toys.logits(engine, PROMPT, DECODED)
+        assert engine.offloaded.regions.hot == 2 * 80 * engine.model.geometry.stride
         cache = engine.offloaded.cache
         for ffn in range(2):
             hot = engine.hybrid.hot.orders[ffn][:80]

@@ -190,7 +190,7 @@ def test_nothing_imports_torch_before_it_trains():
 
 
 def test_a_first_token_that_attention_leans_on_keeps_its_neurons(models, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("pi2.lowrank.training._SPOILS", 0.0)  # whatever is missed spoils
+    monkeypatch.setattr("pi2.lowrank.closed_form._SPOILS", 0.0)  # whatever is missed spoils
     found = train(models["relu"], texts, tmp_path / "p")
     for layer in found.layers.values():
         assert layer.measured.recall == 1

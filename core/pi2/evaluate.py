@@ -28,24 +28,24 @@ _BLOCK = 64  # tokens whose inputs of all FFNs are held at a time
 
 @dataclass(slots=True)
 class Likelihood:
-    """How well a model foresees a text: sums over its tokens, and the token it finds likeliest at each."""
+    """How well a model foresees a text: what each token costs, and which one it finds likeliest there."""
 
-    nll: float = 0.0
-    """Sum of -ln p(token)."""
+    losses: list[float] = field(default_factory=list)
+    """-ln p of every token."""
     likeliest: list[int] = field(default_factory=list)
 
     @property
     def perplexity(self) -> float:
         """exp of the mean of -ln p; NaN for no tokens."""
         with np.errstate(over="ignore"):
-            return float(np.exp(self.nll / len(self.likeliest))) if self.likeliest else float("nan")
+            return float(np.exp(np.mean(self.losses))) if self.losses else float("nan")
 
     def add(self, logits: F32, targets: NDArray[np.int64]) -> None:
         """``logits`` (n, vocab) foresee ``targets`` (n,)."""
         wide = logits.astype(np.float64)
         wide -= wide.max(axis=1, keepdims=True)
         log_sum = np.log(np.exp(wide).sum(axis=1))
-        self.nll += float(np.sum(log_sum - wide[np.arange(len(targets)), targets]))
+        self.losses += (log_sum - wide[np.arange(len(targets)), targets]).tolist()
         self.likeliest += logits.argmax(axis=1).tolist()
 
 
@@ -155,6 +155,15 @@ class Evaluation:
     def loss(self) -> float | None:
         """By how much the sparse perplexity is larger, as a share of the dense one."""
         return None if self.dense is None else self.sparse.perplexity / self.dense.perplexity - 1
+
+    @property
+    def loss_error(self) -> float | None:
+        """Standard error of ``loss``, from the differences token by token."""
+        if self.dense is None:
+            return None
+        with np.errstate(invalid="ignore"):  # of infinite losses
+            differences = np.subtract(self.sparse.losses, self.dense.losses)
+            return float(differences.std() / np.sqrt(len(differences)))
 
     def overall(self) -> LayerScore:
         """All layers together."""

@@ -20,7 +20,7 @@ from pi2.api import Backend, Predictor, Probe
 from pi2.errors import OptionError, Pi2Error
 from pi2.ffns import Ffns
 from pi2.hot import HotClusters
-from pi2.offload import OffloadCount
+from pi2.offload_count import OffloadCount
 from pi2.powers import SPANS, Stage
 from pi2.tensor import F32, Ids
 from pi2.trace import ACCELERATOR, GRAPHS, TraceWriter
@@ -41,7 +41,7 @@ class HybridOptions:
     prefill: str = "cpu"
     """Where the FFNs of many tokens are computed, dense: "cpu" or "accelerator"."""
     lost: str = "stop"
-    """What happens when the accelerator fails: "stop", or go on on the "cpu", which is said aloud."""
+    """What happens if the accelerator fails with hot clusters: "stop", or go on on the "cpu", said aloud."""
     trace: Path | None = None
     """File to write what both halves did to, for Perfetto."""
 

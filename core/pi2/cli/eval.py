@@ -93,6 +93,7 @@ def describe(found: Evaluation, setup: dict[str, Any]) -> dict[str, Any]:
         "perplexity": _finite(found.sparse.perplexity),
         "dense_perplexity": None if dense is None else _finite(dense.perplexity),
         "perplexity_loss": None if found.loss is None else _finite(found.loss),
+        "perplexity_loss_error": None if found.loss_error is None else _finite(found.loss_error),
         "agreement": found.agreement,
         "tokens_per_s": _rate(found),
         **_figures(found.overall()),
@@ -146,7 +147,8 @@ def _print(found: Evaluation, setup: dict[str, Any]) -> None:
         ("perplexity", f"{found.sparse.perplexity:.4f}"),
     ]
     if found.dense is not None:
-        lines.append(("dense", f"{found.dense.perplexity:.4f}, lost {found.loss:+.3%}"))
+        lost = f"lost {found.loss:+.3%} ± {found.loss_error:.3%}"
+        lines.append(("dense", f"{found.dense.perplexity:.4f}, {lost}"))
         lines.append(("agreement", f"{found.agreement:.2%} of the likeliest tokens"))
     lines.append(("speed", f"{_rate(found):.1f} tokens/s on {setup['backend']}"))
     print_table(lines)

@@ -7,7 +7,7 @@ The same guess for every width is the first columns of one decomposition.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pi2.activations import hidden
 from pi2.activity import Active, active_neurons
 from pi2.api import FfnSpec, ModelView
+from pi2.container.predictors import FfnPredictor, Measured
 from pi2.tensor import F32
 
 _SHIFT = 3.0  # standard deviations that keep ReLU of the inner layer out of the way at the start
@@ -24,6 +25,8 @@ _LEAST_VARIANCE = 1e-5  # of the mean variance of the inputs: directions below i
 _LABELLED_AT_ONCE = 1024  # tokens
 _MISS = 3.0  # how much worse it is to miss an active neuron of average size than to name an idle one
 _ALIKE = 0.1  # share of that which does not depend on the neuron's size
+_SPOILS = 0.05  # of the squared output of an FFN for a token: no single neuron that makes more is missed
+_ALWAYS = 1e30  # a bias that no score undoes
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,22 @@ def threshold_for(scores: F32, active: Active, recall: float) -> float:
     allowed = int((1 - recall) * len(hits))
     lowest_named = np.partition(hits, allowed)[allowed]
     return float(np.nextafter(lowest_named, np.float32(-np.inf)))
+
+
+def calibrated(layer: FfnPredictor, scores: F32, active: Active, weights: F32, recall: float) -> FfnPredictor:
+    """With the threshold for this recall, and a bias that names neurons always whose miss spoils a token.
+
+    These are few, but a model may lean on one: without the huge output of a first token, which attention
+    rests on, all tokens behind it suffer.  ``scores`` and ``weights`` (see ``Weigher``) are of as many tokens
+    as ``active`` and maybe of others behind them, which count for that alone.
+    """
+    threshold = threshold_for(scores[: len(active)], active, recall)
+    always = costly_misses(weights, scores > np.float32(threshold), _SPOILS)
+    bias = np.where(always, np.float32(_ALWAYS), layer.fc2_bias)
+    named = (scores[: len(active)] > np.float32(threshold)) | always
+    hits = float((named & active).sum() / active.sum()) if active.any() else 1.0
+    figures = Measured(float(active.mean()), float(named.mean()), hits)
+    return replace(layer, fc2_bias=bias, threshold=threshold, measured=figures)
 
 
 def density_at(scores: F32, active: Active, recall: float) -> float:

@@ -5,7 +5,6 @@ Everything that is finished lies in a directory of its own, so that a run that w
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import os
@@ -22,7 +21,7 @@ import pi2
 from pi2.builtin.exact_predictor import ExactPredictor
 from pi2.builtin.lowrank_predictor import LowRankPredictor, PlacedPredictor
 from pi2.container.layout import NEURONS
-from pi2.container.predictors import FfnPredictor, Measured, Predictors
+from pi2.container.predictors import FfnPredictor, Predictors
 from pi2.engine import Engine
 from pi2.errors import FormatError, OptionError, StorageError
 from pi2.evaluate import Likelihood, foresee
@@ -30,22 +29,19 @@ from pi2.lowrank.closed_form import (
     ClosedForm,
     Layers,
     Weigher,
+    calibrated,
     closed_form,
-    costly_misses,
     density_at,
     labels,
     missed_share,
-    threshold_for,
 )
 from pi2.lowrank.inputs import Corpus, Inputs, Progress, read_corpus
 from pi2.lowrank.widths import BUDGET, candidates, choose_widths, predictor_bytes
 from pi2.tensor import F32, DType, Tensor
 from pi2.thresholds import CALIBRATE_HINT
 
-_LOSS_TOKENS = 1024  # held out, read one by one for the perplexity
+_LOSS_TOKENS = 2048  # held out, read one by one for the perplexity
 _HIGHEST_RECALL = 0.9995
-_SPOILS = 0.05  # of the squared output of an FFN for a token: no single neuron that makes more is missed
-_ALWAYS = 1e30  # a bias that no score undoes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,25 +196,14 @@ class Training:
         return Predictors(self._hash, layers, None, {k: str(v) for k, v in self._state().items()})
 
     def _calibrated_layer(self, number: int, recall: float) -> FfnPredictor:
-        """With a threshold, and a bias that always names neurons whose miss would spoil a token.
-
-        These are few, but a model may lean on one: without the huge output of a first token, which
-        attention rests on, all tokens behind it suffer.
-        """
+        """With the threshold for this recall, by what the backend computes."""
         layer, (x, held) = self._layers[number], self._inputs.layer(number)
         active = labels(self._model, number, held)
         judged = np.concatenate((held, x[:: self.corpus.sequences.shape[1]]))  # and what begins a sequence
         placed = PlacedPredictor(self._engine.backend, layer)
         scores = placed.scores(judged) + layer.fc2_bias
         placed.release()
-        threshold = threshold_for(scores[: len(held)], active, recall)
-        weights = Weigher(self._model, number)(judged)
-        always = costly_misses(weights, scores > np.float32(threshold), _SPOILS)
-        bias = np.where(always, np.float32(_ALWAYS), layer.fc2_bias)
-        named = (scores[: len(held)] > np.float32(threshold)) | always
-        hits = float((named & active).sum() / active.sum()) if active.any() else 1.0
-        figures = Measured(float(active.mean()), float(named.mean()), hits)
-        return dataclasses.replace(layer, fc2_bias=bias, threshold=threshold, measured=figures)
+        return calibrated(layer, scores, active, Weigher(self._model, number)(judged), recall)
 
     def _loss(self, found: Predictors, progress: Progress) -> float:
         predictor = LowRankPredictor()

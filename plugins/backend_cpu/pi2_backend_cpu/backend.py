@@ -20,7 +20,7 @@ from pi2_backend_cpu import native
 from pi2_backend_cpu.streaming import Streaming
 
 _MISSING = "the kernels are missing: this wheel was built without a C++ compiler"
-_RUN_NATIVELY = ("avx2", "scalar")  # by us; the others only through SIMDe or under qemu-user
+_RUN_NATIVELY = ("avx512_vnni", "avx512", "avx2", "scalar")  # by us; the others only under qemu-user
 _HINT = "install g++ or clang, then: python3 -m pip install --force-reinstall --no-deps ./plugins/backend_cpu"
 
 

@@ -10,7 +10,21 @@ namespace {
 constexpr int64_t kRanges = 32;  // enough to share out among threads evenly
 constexpr int64_t kSmallest =
     96;  // neurons in a range: its sum costs the memory traffic of about two of them
+constexpr int64_t kTogether =
+    32;  // neurons whose gates are computed before their ups, and these before downs
 constexpr int64_t kColumns = 1024;  // of the final sum, a task
+
+// What to ask memory for while rows[j] of k is computed: the row that comes kBytes later, of `known` ones.
+struct Ahead {
+  static constexpr int64_t kBytes = 8192;  // some 200 ns of one thread's memory traffic
+
+  Ahead(const uint8_t* const* from, int64_t k, int64_t known, int64_t bytes) {
+    const int64_t distance = std::max<int64_t>(4, 1 + kBytes / std::max<int64_t>(bytes, 1));
+    for (int64_t j = 0; j < k; ++j) rows[j] = from[std::min(j + distance, known - 1)];
+  }
+
+  const uint8_t* rows[kLargest];
+};
 
 }  // namespace
 
@@ -34,12 +48,19 @@ OneToken::OneToken(pi2_cpu& cpu, const pi2_ffn& f, const Candidates& candidates,
   hidden_ = cpu.hidden.data();
 }
 
-int64_t OneToken::gates(const int32_t* which, int64_t k, int32_t* on) {
+// The rows at `offset` of k candidates times x; of `known` candidates it is known that they come next.
+void OneToken::dot(int32_t dtype, int64_t offset, const int32_t* which, int64_t k, int64_t known,
+                   float* sums) {
+  const uint8_t* rows[2 * kLargest];
+  for (int64_t j = 0; j < known; ++j) rows[j] = bundle(which[j]) + offset;
+  const Ahead ahead(rows, k, known, row_bytes(dtype, f_.d_model));
+  dot_rows(cpu_, dtype, rows, ahead.rows, k, x_, f_.d_model, sums);
+}
+
+int64_t OneToken::gates(const int32_t* which, int64_t k, int64_t known, int32_t* on) {
   const bool gated = f_.gate != PI2_NONE;
-  const uint8_t* rows[kLargest] = {};
   float sums[kLargest];
-  for (int64_t j = 0; j < k; ++j) rows[j] = bundle(which[j]) + (gated ? f_.gate_offset : f_.up_offset);
-  dot_rows(cpu_, gated ? f_.gate : f_.up, rows, k, x_, f_.d_model, sums);
+  dot(gated ? f_.gate : f_.up, gated ? f_.gate_offset : f_.up_offset, which, k, known, sums);
   int64_t count = 0;
   for (int64_t j = 0; j < k; ++j) {
     const int32_t i = which[j];
@@ -49,40 +70,61 @@ int64_t OneToken::gates(const int32_t* which, int64_t k, int32_t* on) {
   return count;
 }
 
-void OneToken::ups(const int32_t* which, int64_t k) {
+void OneToken::ups(const int32_t* which, int64_t k, int64_t known) {
   if (f_.gate == PI2_NONE) return;
-  const uint8_t* rows[kLargest] = {};
   float sums[kLargest];
-  for (int64_t j = 0; j < k; ++j) rows[j] = bundle(which[j]) + f_.up_offset;
-  dot_rows(cpu_, f_.up, rows, k, x_, f_.d_model, sums);
+  dot(f_.up, f_.up_offset, which, k, known, sums);
   for (int64_t j = 0; j < k; ++j) {
     const float up = sums[j] + ::bias(f_, bundle(which[j]), 1);
     hidden_[which[j]] *= f_.up_relu && up <= 0 ? 0.0f : up;
   }
 }
 
-void OneToken::compute(int64_t range) {
-  int32_t which[kLargest];
-  const int64_t first = begin(range), last = begin(range + 1);
-  for (int64_t i = first; i < last; ++i) which[i - first] = static_cast<int32_t>(i);
-  ups(which, gates(which, last - first, which));
-  downs(range);
-}
-
 void OneToken::downs(int64_t range) {
-  const uint8_t* rows[kLargest] = {};
-  float h[kLargest];
+  int32_t on[kLargest];
   int64_t active = 0;
   const int64_t last = begin(range + 1);
   for (int64_t i = begin(range); i < last; ++i) {
-    if (hidden_[i] == 0.0f) continue;
-    rows[active] = bundle(i) + f_.down_offset;
-    h[active++] = hidden_[i];
+    on[active] = static_cast<int32_t>(i);
+    active += hidden_[i] != 0.0f;
   }
-  cpu_.active[range] = active;
-  if (active > 0)
-    cpu_.kernels->add_rows(static_cast<DType>(f_.down), rows, h, active, f_.d_model, true,
-                           cpu_.sums.data() + range * f_.d_model);
+  cpu_.active[range] = 0;
+  add_downs(range, on, active, active);
+}
+void OneToken::compute(int64_t range) {
+  const int64_t last = begin(range + 1);
+  int32_t on[2 * kTogether];  // whose gates are not zero: of these neurons, then of the next
+  int64_t here = 0, next = 0;
+  cpu_.active[range] = 0;
+  for (int64_t first = begin(range); here > 0 || first < last; first += kTogether, here = next) {
+    next = 0;
+    if (first < last) {
+      int32_t which[2 * kTogether];
+      const int64_t known = std::min(2 * kTogether, last - first);
+      for (int64_t j = 0; j < known; ++j) which[j] = static_cast<int32_t>(first + j);
+      next = gates(which, std::min(kTogether, known), known, on + here);
+    }
+    ups(on, here, here + next);
+    add_downs(range, on, here, here + next);
+    std::copy_n(on + here, next, on);
+  }
+}
+
+void OneToken::add_downs(int64_t range, const int32_t* which, int64_t k, int64_t known) {
+  const uint8_t* rows[2 * kLargest];
+  float h[kLargest];
+  int64_t active = 0, all = 0;
+  for (int64_t j = 0; j < known; ++j) {
+    const int32_t i = which[j];
+    if (j < k && hidden_[i] == 0.0f) continue;
+    if (j < k) h[active++] = hidden_[i];
+    rows[all++] = bundle(i) + f_.down_offset;
+  }
+  if (active == 0) return;
+  const Ahead ahead(rows, active, all, row_bytes(f_.down, f_.d_model));
+  cpu_.kernels->add_rows(static_cast<DType>(f_.down), rows, ahead.rows, h, active, f_.d_model,
+                         cpu_.active[range] == 0, cpu_.sums.data() + range * f_.d_model);
+  cpu_.active[range] += active;
 }
 
 int64_t OneToken::total(float* out) {

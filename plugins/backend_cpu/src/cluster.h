@@ -31,17 +31,22 @@ class OneToken {
   int64_t begin(int64_t range) const { return candidates_.first_from(range * size_); }
   const uint8_t* bundle(int64_t i) const { return ::bundle(f_, candidates_.slots, i); }
   // h of k candidates, as far as the gates know it; `on`, which may be `which`, gets those that are not zero.
-  int64_t gates(const int32_t* which, int64_t k, int32_t* on);
+  // Of `known` >= k candidates it is known that they come next: memory is asked for them.
+  int64_t gates(const int32_t* which, int64_t k, int64_t known, int32_t* on);
   // The rest of h, of candidates whose gate is not zero.
-  void ups(const int32_t* which, int64_t k);
+  void ups(const int32_t* which, int64_t k, int64_t known);
   // The sum of the range's down rows, in ascending order, once h is known of all its candidates.
   void downs(int64_t range);
-  // All of that for one range.
+  // All of that for one range, some neurons at a time.
   void compute(int64_t range);
   // out = the sum of all ranges in their order; returns the number of active neurons.
   int64_t total(float* out);
 
  private:
+  void dot(int32_t dtype, int64_t offset, const int32_t* which, int64_t k, int64_t known, float* sums);
+  // Behind the range's sum, what k candidates add to it.
+  void add_downs(int64_t range, const int32_t* which, int64_t k, int64_t known);
+
   pi2_cpu& cpu_;
   const pi2_ffn& f_;
   Candidates candidates_;

@@ -66,10 +66,11 @@ inline int64_t row_bytes(int32_t dtype, int64_t cols) {
 }
 
 // k rows of weights times one token (the quantised one is token 0), by integers or floats as the context and
-// the format want.
-inline void dot_rows(const pi2_cpu& cpu, int32_t dtype, const uint8_t* const* rows, int64_t k, const float* x,
-                     int64_t cols, float* out) {
+// the format want.  Memory is asked for the rows `ahead`, or NULL: for what follows.
+inline void dot_rows(const pi2_cpu& cpu, int32_t dtype, const uint8_t* const* rows,
+                     const uint8_t* const* ahead, int64_t k, const float* x, int64_t cols, float* out) {
   const auto type = static_cast<pi2::DType>(dtype);
-  if (cpu.integers_for(dtype)) cpu.kernels->dot_rows_quantised(type, rows, k, cpu.batch.token(0), cols, out);
-  else cpu.kernels->dot_rows(type, rows, k, x, cols, out);
+  if (cpu.integers_for(dtype))
+    cpu.kernels->dot_rows_quantised(type, rows, ahead, k, cpu.batch.token(0), cols, out);
+  else cpu.kernels->dot_rows(type, rows, ahead, k, x, cols, out);
 }

@@ -70,18 +70,19 @@ struct Make {
   static constexpr int64_t kAhead = 1024;
 
   template <DType D>
-  static void dot_rows_of(const uint8_t* const* rows, int64_t k, const float* x, int64_t cols, float* out) {
+  static void dot_rows_of(const uint8_t* const* rows, const uint8_t* const* ahead, int64_t k, const float* x,
+                          int64_t cols, float* out) {
     for (int64_t j = 0; j < k; ++j)
-      out[j] = dot_of<D>(rows[j], ahead_of<D>(rows, k, j, cols, kAhead), x, cols);
+      out[j] = dot_of<D>(rows[j], ahead ? ahead[j] : ahead_of<D>(rows, k, j, cols, kAhead), x, cols);
   }
 
-  static void dot_rows(DType dtype, const uint8_t* const* rows, int64_t k, const float* x, int64_t cols,
-                       float* out) {
+  static void dot_rows(DType dtype, const uint8_t* const* rows, const uint8_t* const* ahead, int64_t k,
+                       const float* x, int64_t cols, float* out) {
     switch (dtype) {
-      case DType::kF32: return dot_rows_of<DType::kF32>(rows, k, x, cols, out);
-      case DType::kF16: return dot_rows_of<DType::kF16>(rows, k, x, cols, out);
-      case DType::kQ8_0: return dot_rows_of<DType::kQ8_0>(rows, k, x, cols, out);
-      default: return dot_rows_of<DType::kQ4_0>(rows, k, x, cols, out);
+      case DType::kF32: return dot_rows_of<DType::kF32>(rows, ahead, k, x, cols, out);
+      case DType::kF16: return dot_rows_of<DType::kF16>(rows, ahead, k, x, cols, out);
+      case DType::kQ8_0: return dot_rows_of<DType::kQ8_0>(rows, ahead, k, x, cols, out);
+      default: return dot_rows_of<DType::kQ4_0>(rows, ahead, k, x, cols, out);
     }
   }
 
@@ -174,20 +175,20 @@ struct Make {
     }
   }
 
-  // Asks memory for blocks b .. b + W of rows that come later: they lie too far apart for the hardware.
-  template <DType D>
-  static inline void fetch(const uint8_t* const* rows, int64_t count, int64_t b) {
+  // Asks memory for blocks b .. b + W of other rows: they lie too far apart for the hardware.
+  template <DType D, int R>
+  static inline void fetch(const uint8_t* const* rows, int64_t b) {
     constexpr int64_t kBytes = D == DType::kQ4_0 ? 16 : D == DType::kQ8_0 ? 32 : D == DType::kF16 ? 64 : 128;
     constexpr int64_t kStep = kBytes * W < 64 ? 64 : kBytes * W;
     if (b * kBytes % kStep != 0) return;
-    for (int64_t r = 0; r < count; ++r)
+    for (int r = 0; r < R; ++r)
       for (int64_t at = 0; at < kStep; at += 64) V::prefetch(rows[r] + b * kBytes + at);
   }
 
-  // R rows: the scales of W blocks become coefficients at a time.  Memory fetches `next` rows behind them.
+  // R rows: the scales of W blocks become coefficients at a time.
   template <DType D, int R>
-  static void add_some(const uint8_t* const* rows, const float* h, int64_t next, int64_t cols, bool fresh,
-                       float* y) {
+  static void add_some(const uint8_t* const* rows, const uint8_t* const* ahead, const float* h, int64_t cols,
+                       bool fresh, float* y) {
     constexpr bool kScaled = D == DType::kQ8_0 || D == DType::kQ4_0;
     constexpr float kUnit = D == DType::kQ4_0 ? V::kNibble : 1;
     const int64_t blocks = cols / kBlock;
@@ -195,7 +196,8 @@ struct Make {
     for (int r = 0; r < R; ++r) V::store(coefficients[r], V::broadcast(h[r]));
     for (int64_t b = 0; b < blocks; b += W) {
       const int64_t here = blocks - b < W ? blocks - b : W;
-      fetch<D>(rows + R, next, b);
+      fetch<D, R>(ahead, b);
+      for (int r = 0; r < R && kScaled; ++r) V::prefetch(ahead[r] + quant_bytes(D, cols) + 2 * b);
       for (int r = 0; r < R && kScaled; ++r) {
         const uint8_t* scales = rows[r] + quant_bytes(D, cols) + 2 * b;
         if (here == W) {
@@ -216,27 +218,24 @@ struct Make {
   }
 
   template <DType D>
-  static void add_rows_of(const uint8_t* const* rows, const float* h, int64_t k, int64_t cols, bool fresh,
-                          float* y) {
+  static void add_rows_of(const uint8_t* const* rows, const uint8_t* const* ahead, const float* h, int64_t k,
+                          int64_t cols, bool fresh, float* y) {
     int64_t n = 0;
-    for (; n + 4 <= k; n += 4) {
-      const int64_t next = k - n - 4 < 4 ? k - n - 4 : 4;
-      add_some<D, 4>(rows + n, h + n, next, cols, fresh && n == 0, y);
-    }
+    for (; n + 4 <= k; n += 4) add_some<D, 4>(rows + n, ahead + n, h + n, cols, fresh && n == 0, y);
     if (n + 2 <= k) {
-      add_some<D, 2>(rows + n, h + n, k - n - 2, cols, fresh && n == 0, y);
+      add_some<D, 2>(rows + n, ahead + n, h + n, cols, fresh && n == 0, y);
       n += 2;
     }
-    if (n < k) add_some<D, 1>(rows + n, h + n, 0, cols, fresh && n == 0, y);
+    if (n < k) add_some<D, 1>(rows + n, ahead + n, h + n, cols, fresh && n == 0, y);
   }
 
-  static void add_rows(DType dtype, const uint8_t* const* rows, const float* h, int64_t k, int64_t cols,
-                       bool fresh, float* y) {
+  static void add_rows(DType dtype, const uint8_t* const* rows, const uint8_t* const* ahead, const float* h,
+                       int64_t k, int64_t cols, bool fresh, float* y) {
     switch (dtype) {
-      case DType::kF32: return add_rows_of<DType::kF32>(rows, h, k, cols, fresh, y);
-      case DType::kF16: return add_rows_of<DType::kF16>(rows, h, k, cols, fresh, y);
-      case DType::kQ8_0: return add_rows_of<DType::kQ8_0>(rows, h, k, cols, fresh, y);
-      default: return add_rows_of<DType::kQ4_0>(rows, h, k, cols, fresh, y);
+      case DType::kF32: return add_rows_of<DType::kF32>(rows, ahead, h, k, cols, fresh, y);
+      case DType::kF16: return add_rows_of<DType::kF16>(rows, ahead, h, k, cols, fresh, y);
+      case DType::kQ8_0: return add_rows_of<DType::kQ8_0>(rows, ahead, h, k, cols, fresh, y);
+      default: return add_rows_of<DType::kQ4_0>(rows, ahead, h, k, cols, fresh, y);
     }
   }
 

@@ -24,17 +24,17 @@ struct Kernels {
   // x (cols) -> quants, shuffled (cols), scales, offsets (cols / 32)
   void (*quantise)(const float* x, int64_t cols, int8_t* quants, int8_t* shuffled, float* scales,
                    float* offsets);
-  // Exact products of k rows of any format with float x (cols).  Memory is asked for the rows ahead, and the
-  // bits of one do not depend on the others.
-  void (*dot_rows)(DType dtype, const uint8_t* const* rows, int64_t k, const float* x, int64_t cols,
-                   float* out);
+  // Exact products of k rows of any format with float x (cols); the bits of one do not depend on the others.
+  // While rows[j] is computed, memory is asked for the row ahead[j]; NULL: for what follows among the rows.
+  void (*dot_rows)(DType dtype, const uint8_t* const* rows, const uint8_t* const* ahead, int64_t k,
+                   const float* x, int64_t cols, float* out);
   // The same for rows of q8_0 or q4_0 and quantised activations.
-  void (*dot_rows_quantised)(DType dtype, const uint8_t* const* rows, int64_t k, const Quantised& x,
-                             int64_t cols, float* out);
+  void (*dot_rows_quantised)(DType dtype, const uint8_t* const* rows, const uint8_t* const* ahead, int64_t k,
+                             const Quantised& x, int64_t cols, float* out);
   // y[0 .. cols) = sum over k of h[k] * rows[k][0 .. cols), added one by one behind y, or behind 0 if
-  // `fresh`.
-  void (*add_rows)(DType dtype, const uint8_t* const* rows, const float* h, int64_t k, int64_t cols,
-                   bool fresh, float* y);
+  // `fresh`; memory is asked for ahead[0 .. k) meanwhile.
+  void (*add_rows)(DType dtype, const uint8_t* const* rows, const uint8_t* const* ahead, const float* h,
+                   int64_t k, int64_t cols, bool fresh, float* y);
   // Columns [first, last) of k rows as floats, (k, last - first): multiples of kBlock, or
   // cols.
   void (*decode)(DType dtype, const uint8_t* const* rows, int64_t k, int64_t cols, int64_t first,

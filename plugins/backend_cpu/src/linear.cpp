@@ -57,7 +57,7 @@ void multiply_rows(const pi2_cpu& cpu, const pi2_cpu::Product& p, const float* x
     const int64_t count = std::min(end - first, kAtOnce);
     for (int64_t j = 0; j < count; ++j)
       rows[j] = w.data + (p.rows ? p.rows[first + j] : first + j) * w.row_bytes;
-    dot_rows(cpu, w.dtype, rows, count, x, w.cols, p.out + first);
+    dot_rows(cpu, w.dtype, rows, nullptr, count, x, w.cols, p.out + first);
   }
 }
 

@@ -118,15 +118,15 @@ void Pipeline::compute(Lock& lock, Unit unit, uint8_t thread) {
   if (unit.kind == Kind::kDown) {
     token_.downs(unit.range);
   } else if (unit.kind == Kind::kRest) {
-    token_.ups(which, ups = unit.count);
+    token_.ups(which, ups = unit.count, ups);
   } else {
-    const int64_t active = token_.gates(which, unit.count, on);
+    const int64_t active = token_.gates(which, unit.count, unit.count, on);
     middle = now();
     for (int64_t i = 0; i < active; ++i) {
       if (state(on[i]) == kPresent) on[ups++] = on[i];
       else which[rest++] = on[i];
     }
-    token_.ups(on, ups);
+    token_.ups(on, ups, ups);
   }
   const double end = now();
   lock.lock();

@@ -76,18 +76,18 @@ struct Quantising {
   static constexpr int64_t kAhead = 4096;  // bytes: some 200 ns of one thread's memory traffic
 
   template <DType D>
-  static void dot_rows_quantised_of(const uint8_t* const* rows, int64_t k, const Quantised& x, int64_t cols,
-                                    float* out) {
+  static void dot_rows_quantised_of(const uint8_t* const* rows, const uint8_t* const* ahead, int64_t k,
+                                    const Quantised& x, int64_t cols, float* out) {
     const int64_t bytes = cols / kBlock * bytes_of<D>();
     const int64_t distance = kAhead < bytes ? bytes : kAhead;  // a row's scales are wanted with its quants
     for (int64_t j = 0; j < k; ++j)
-      out[j] = Dots<D>::dot(rows[j], ahead_of<D>(rows, k, j, cols, distance), x, cols);
+      out[j] = Dots<D>::dot(rows[j], ahead ? ahead[j] : ahead_of<D>(rows, k, j, cols, distance), x, cols);
   }
 
-  static void dot_rows_quantised(DType dtype, const uint8_t* const* rows, int64_t k, const Quantised& x,
-                                 int64_t cols, float* out) {
-    if (dtype == DType::kQ4_0) dot_rows_quantised_of<DType::kQ4_0>(rows, k, x, cols, out);
-    else dot_rows_quantised_of<DType::kQ8_0>(rows, k, x, cols, out);
+  static void dot_rows_quantised(DType dtype, const uint8_t* const* rows, const uint8_t* const* ahead,
+                                 int64_t k, const Quantised& x, int64_t cols, float* out) {
+    if (dtype == DType::kQ4_0) dot_rows_quantised_of<DType::kQ4_0>(rows, ahead, k, x, cols, out);
+    else dot_rows_quantised_of<DType::kQ8_0>(rows, ahead, k, x, cols, out);
   }
 };
 

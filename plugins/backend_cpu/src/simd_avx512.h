@@ -7,6 +7,7 @@ namespace {
 
 struct Avx512 {
   using F = __m512;
+  using I = __m512i;
   static constexpr const char* kName = "avx512";
   static constexpr int kWidth = 16;
   static constexpr int kBlocks = 4;  // 4 blocks x 2 accumulators + as many of weights, of 32 registers
@@ -31,11 +32,12 @@ struct Avx512 {
   }
   static F widen(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
   static F load_int8(const int8_t* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  // nibble - 8: a permutation of sixteen floats looks at the low four bits of its indices only.
   static void load_nibbles(const uint8_t* p, F v[2]) {
-    const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    const __m128i mask = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
-    v[0] = widen(_mm_sub_epi8(_mm_and_si128(raw, mask), eight));
-    v[1] = widen(_mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(raw, 4), mask), eight));
+    const F values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const I raw = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    v[0] = _mm512_permutexvar_ps(raw, values);
+    v[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(raw, 4), values);
   }
 
   static constexpr float kNibble = 1;
@@ -48,7 +50,6 @@ struct Avx512 {
   static float max_of(F v) { return Avx2::max_of(Avx2::max(low(v), high(v))); }
 
   // For DotsX86.
-  using I = __m512i;
   static constexpr int kLanes = 4;
 
   static I no_bytes() { return _mm512_setzero_si512(); }
