@@ -136,7 +136,11 @@ class Run:
 
     def finish(self) -> tuple[Reply, list[F32]]:
         """Wait for it.  The results are views, good until the next request.  Raises QnnError."""
-        reply = self._client.wait(self._ticket)
+        try:
+            reply = self._client.wait(self._ticket)
+        except BaseException:  # Ctrl-C, too
+            self.cancel()
+            raise
         return reply, [self._client.view(where) for where in self._where]
 
     def cancel(self) -> None:
