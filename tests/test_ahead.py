@@ -97,3 +97,21 @@ def test_what_is_compiled_is_what_a_run_places(model, plugins, hybrid):
     ahead = notes(to_place(opened, hybrid, []))
     placed = placed_by_running(model, plugins, hybrid)
     assert set(ahead) == set(placed)
+    opened.close()
+    tier.close()
+
+
+def test_the_command_names_the_chip_and_says_how_to_use_it(model, plugins, tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "installed_plugins", lambda: plugins)
+    monkeypatch.chdir(tmp_path)
+    done = pi2("compile", model, "--backend", "recorder", "--soc", "X1")
+    assert done.exit_code == 0
+    assert "--backend recorder:soc=X1" in done.stderr
+    assert (tmp_path / "model.recorder-X1" / "soc").read_text() == "X1"
+    opened = open_model(model, MmapTier.open())
+    assert Recorder.compiled == notes(to_place(opened, None, []))
+
+
+def test_a_backend_that_compiles_nothing_is_refused(model):
+    assert_error(pi2("compile", model, "--backend", "numpy"), "numpy compiles nothing ahead of time")
+    assert_error(pi2("compile", model, "--backend", "nmupy"), "there is no 'nmupy'", "numpy")
