@@ -58,9 +58,15 @@ class Contexts:
                 raise WrongVersion(f"{folder} was compiled with {differing}", hint=_AGAIN)
         return cls(folder, manifest)
 
+    def require(self, placed: Placed) -> None:
+        """Raises ContextMissing for weights that were not compiled."""
+        if placed.digest not in self._graphs:
+            raise ContextMissing(f"{self._folder} has nothing of {placed}", hint=_AGAIN)
+
     def find(self, placed: Placed, shape: Shape) -> dict[str, Any]:
         """Path of a context, and path -> sha256 of its files.  Raises ContextMissing."""
-        graph = self._graphs.get(placed.digest, {}).get(_key(shape))
+        self.require(placed)
+        graph = self._graphs[placed.digest].get(_key(shape))
         if graph is None:
             raise ContextMissing(
                 f"{self._folder} has no context of {placed} for {shape[0]} tokens", hint=_AGAIN

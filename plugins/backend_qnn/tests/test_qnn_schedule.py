@@ -100,7 +100,8 @@ class Model:
     def __init__(self, device):
         self.npu = SimulatedNpu(device)
         backend = object.__new__(QnnBackend)
-        backend._programs, backend._trouble, backend._cluster = Programs(self.npu, None), None, CLUSTER
+        backend._programs, backend._contexts = Programs(self.npu, None), None
+        backend._trouble, backend._cluster = None, CLUSTER
         self.swaps = []
         finish = backend.finish_ffn
         backend.finish_ffn = lambda ticket, out: self.seen(finish(ticket, out))

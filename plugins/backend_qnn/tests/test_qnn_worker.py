@@ -13,6 +13,7 @@ from pi2.tensor import Tensor, encode
 from pi2_backend_qnn import errors
 from pi2_backend_qnn.backend import QnnBackend
 from pi2_backend_qnn.client import Client
+from pi2_backend_qnn.placed import Matrix
 from pi2_backend_qnn.probe import probe
 
 pytestmark = pytest.mark.skipif(not probe(), reason=probe().reason)
@@ -131,7 +132,7 @@ def test_a_missing_library_is_named(tmp_path):
 )
 def test_what_qnn_says_to_a_soc_is_told(soc, error):
     client = Client(None, {"soc_model": soc}, 20)
-    placed = QnnBackend.place(None, weight())
+    placed = Matrix(weight=weight())
     asked, arrays = placed.request((1, 1))
     asked |= {name: client.share(array) for name, array in arrays.items()}
     with pytest.raises(error) as refusal:
