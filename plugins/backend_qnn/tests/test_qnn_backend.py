@@ -128,6 +128,24 @@ def test_hot_neurons_here_and_cold_ones_elsewhere_are_the_dense_ffn(backend, hot
 
 
 @emulated
+def test_graphs_of_what_was_released_go_even_while_they_are_made(backend):
+    rng = np.random.default_rng(0)
+    x, out = rng.standard_normal((1, 64)).astype(np.float32), np.empty((1, 64), np.float32)
+
+    def numbers():
+        return set(backend._client.call({"do": "numbers"}).values["numbers"])
+
+    before = numbers()
+    for _ in range(3):
+        handle = backend.place_ffn(*ffn(rng, CLUSTER))
+        backend.prepare_ffn(handle, 1, CLUSTER)
+        backend.release(handle)
+    kept = backend.place_ffn(*ffn(rng, CLUSTER))
+    backend.ffn(kept, x, out)
+    assert numbers() - before == set(kept.graphs.values())
+
+
+@emulated
 def test_what_went_wrong_while_preparing_is_told_when_the_graph_is_needed(backend):
     bundles, spec = ffn(np.random.default_rng(0), CLUSTER, "f32")
     handle, x = backend.place_ffn(bundles, spec), np.ones((1, 64), np.float32)
