@@ -24,6 +24,7 @@ ARCHITECTURES = {
     "no gate": toy_architecture(gated=False, activation="relu2"),
     "biased": toy_architecture(ffn_bias=True, norm_bias=True, norm="layer"),
     "sandwich": toy_architecture(norm_place="sandwich"),
+    "untied": toy_architecture(tied=False),
     "post": toy_architecture(norm_place="post", final_norm=False),
     # 512 wide in f16: a gate of one page of 512 bytes and more behind it, so that loading has two phases
     "wide": toy_architecture(d_model=512, head_dim=128, n_neurons=NEURONS, attn_scale=0.1, n_layers=3),

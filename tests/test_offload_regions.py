@@ -5,10 +5,13 @@ import shutil
 import numpy as np
 import offload_models as toys
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pi2 import budget as budget_module
 from pi2 import offload as offload_module
 from pi2.activation_counts import ActivationCounts
 from pi2.builtin.mmap_tier import MmapTier
-from pi2.container.layout import NEURONS
+from pi2.container.layout import DENSE, NEURONS
 from pi2.container.reader import open_model
 from pi2.engine import Engine
 from pi2.lookahead import Lookahead
@@ -121,6 +124,40 @@ def test_a_process_above_its_budget_gives_slots_up(monkeypatch):
         got = toys.logits(engine, [1], list(range(30)))
     with toys.engine("relu") as engine:
         assert got.tobytes() == toys.logits(engine, [1], list(range(30))).tobytes()
+
+
+@settings(deadline=None, max_examples=30)
+@given(steps=st.lists(st.sampled_from([1, 2, 8, 40]), min_size=1, max_size=6), prefetch=st.booleans())
+def test_regions_follow_the_batch_and_change_no_bit(steps, prefetch):
+    """Many tokens together take slots from the cold region, which has them back when they come one by one."""
+    ids = np.random.default_rng(0).integers(0, 250, sum(steps)).tolist()
+    name = toys.STORAGES[1] if prefetch and len(toys.STORAGES) > 1 else "mmap"
+    with toys.engine("relu") as plain, toys.engine("relu", storage=name, slots=290) as engine:
+        ffns, arch, g = engine.offloaded, engine.model.architecture, engine.model.geometry
+        taken = budget_module.batch_bytes(arch, g, max(steps), 256)
+        ffns._room = budget_module.Room(arch, g, chunk=256, fixed=0, slots=290,
+                                        memory=(toys.NEURONS + 1) * (g.stride + 14) + taken)  # fmt: skip
+        ours, theirs, at = engine.session(), plain.session(), 0
+        for n in steps:
+            expected = theirs.forward(ids[at : at + n])
+            assert ours.forward(ids[at : at + n]).tobytes() == expected.tobytes()
+            at += n
+            assert ffns.cache.capacity == ffns._room.slots(n)
+            regions = ffns.regions
+            assert regions.fixed + regions.hot + regions.cold == regions.budget
+            assert ffns.cache.resident <= ffns.cache.capacity
+        sizes = [ffns._room.slots(n) for n in (1, 2, 8, 40) if n <= max(steps)]
+        assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize(("name", "tied"), [("relu", True), ("untied", False)])
+def test_embeddings_are_read_row_by_row_unless_the_head_is_made_of_them(name, tied):
+    with toys.engine(name, slots=200) as engine:
+        model, ids = engine.model, np.array([3, 0, 3, 7], np.int32)
+        table = model.matrix("embed.weight").data
+        assert model.by_rows("embed.weight") == (not tied)
+        assert np.array_equal(model.rows("embed.weight", ids).data, table[ids])
+        assert model.manifest.files[DENSE].nbytes - model.resident_bytes == (0 if tied else table.nbytes)
 
 
 @pytest.mark.parametrize("storage", toys.STORAGES[:2])

@@ -54,13 +54,54 @@ def too_small(memory: int, minimum: int, hint: str | None = None) -> BudgetError
     )
 
 
-def to_come(arch: Architecture, g: BundleGeometry, context: int, chunk: int, kv: KvDType) -> int:
-    """Bytes that the fixed region will grow by once tokens are computed."""
-    tokens = min(context, GROUP * chunk)
+def to_come(arch: Architecture, context: int, kv: KvDType) -> int:
+    """Bytes that the fixed region will grow by once tokens are computed, one by one."""
+    logits = 3 * arch.vocab_size * 8  # float64 while sampling
+    tables = arch.n_layers * arch.n_neurons * _KEY_TABLES
+    return kv_bytes(arch, context, kv) + logits + tables + _SLACK
+
+
+def batch_bytes(arch: Architecture, g: BundleGeometry, tokens: int, chunk: int) -> int:
+    """And by how much for a while, when so many are computed together, in chunks."""
+    if tokens == 1:
+        return 0
+    chunk = min(tokens, chunk)
     ranges = BUFFERS * min(RANGE_BYTES, arch.n_neurons * g.stride)
     states = 6 * tokens * arch.d_model * 4  # residual stream, inputs and results, before and after
     heads = 4 * chunk * arch.n_heads * arch.head_dim * 4
     hidden = 10 * chunk * min(arch.n_neurons, max(64, RANGE_BYTES // g.stride))  # two floats and a place
-    logits = 3 * arch.vocab_size * 8  # float64 while sampling
-    tables = arch.n_layers * arch.n_neurons * _KEY_TABLES
-    return kv_bytes(arch, context, kv) + ranges + states + heads + hidden + logits + tables + _SLACK
+    return ranges + states + heads + hidden
+
+
+class Room:
+    """What the regions are, by how many tokens are computed together: they share the budget out anew."""
+
+    def __init__(
+        self, arch: Architecture, g: BundleGeometry, *, chunk: int, fixed: int, memory: int | None,
+        slots: int, elsewhere: int = 0,
+    ) -> None:  # fmt: skip
+        """``memory`` None: always ``slots``.  ``fixed``: bytes of that region when tokens come one by one.
+
+        ``elsewhere``: of these, what hot neurons take that are an accelerator's.
+        """
+        self._arch, self._g, self._chunk = arch, g, chunk
+        self._fixed, self._memory, self._slots = fixed, memory, slots
+        self._elsewhere = elsewhere
+
+    def slots(self, tokens: int) -> int:
+        """Of the neuron cache.  Raises BudgetError if that is less than an FFN."""
+        if self._memory is None:
+            return self._slots
+        needed = self._fixed + batch_bytes(self._arch, self._g, tokens, self._chunk)
+        return min(self._slots, slots_within(self._memory, self._arch, self._g, needed))
+
+    def correct(self, nbytes: int) -> None:
+        """The fixed region turned out to be larger by so much."""
+        self._fixed += nbytes
+
+    def regions(self, capacity: int, hot: int) -> Regions:
+        """With so many slots, ``hot`` of which are for hot neurons."""
+        stride = self._g.stride
+        budget = self._memory or self._fixed + capacity * stride
+        kept, cold = self._elsewhere + hot * stride, (capacity - hot) * stride
+        return Regions(budget, budget - kept - cold, kept, cold)

@@ -21,7 +21,7 @@ from pi2.kv_cache import KvCache, KvDType
 from pi2.norm import Norm
 from pi2.powers import SupportsAttention
 from pi2.rope import RopeTable
-from pi2.tensor import F32, Ids, Tensor
+from pi2.tensor import F32, Ids
 
 if TYPE_CHECKING:
     from pi2.container.reader import PiModel
@@ -65,7 +65,9 @@ class Decoder:
         self._attends = attention or backend
         matrices = dense_matrices(arch)
         self._rows = {name: rows for name, (rows, _) in matrices.items()}
-        self._tables = {name: model.matrix(name) for name in matrices if name.startswith("embed.")}
+        tables = [name for name in matrices if name.startswith("embed.")]
+        self._tables = {name: None if model.by_rows(name) else model.matrix(name) for name in tables}
+        self._read_rows = model.rows
         self._fused = self._attends if isinstance(self._attends, SupportsAttention) else None
         placed = [name for name in matrices if not name.startswith("embed.")]
         if self._fused:
@@ -74,8 +76,9 @@ class Decoder:
             name: (self._attends if ".attn." in name else backend).place(model.matrix(name))
             for name in placed
         }
-        if arch.tied:
-            self._weights["head.weight"] = backend.place(self._tables["embed.weight"])
+        table = self._tables["embed.weight"]
+        if arch.tied and table is not None:  # by_rows wants it whole then
+            self._weights["head.weight"] = backend.place(table)
             self._rows["head.weight"] = arch.vocab_size
         self._vectors = {name: model.vector(name) for name in dense_vectors(arch)}
         weights = [name for name in self._vectors if name.endswith("norm.weight")]
@@ -115,12 +118,18 @@ class Decoder:
         return last
 
     def _embed(self, ids: TokenIds, start: int) -> F32:
-        x = _gather(self._tables["embed.weight"], ids)
+        x = self._gather("embed.weight", ids)
         if self.arch.embed_scale != 1:
             x *= np.float32(self.arch.embed_scale)
         if "embed.positions" in self._tables:
-            x += _gather(self._tables["embed.positions"], np.arange(start, start + len(ids)))
+            x += self._gather("embed.positions", np.arange(start, start + len(ids)))
         return x
+
+    def _gather(self, name: str, ids: NDArray[Any]) -> F32:
+        """Rows of a table, decoded: nothing but these rows is read from it."""
+        rows, table = np.asarray(ids, np.int32), self._tables[name]
+        found = self._read_rows(name, rows).to_f32() if table is None else table.to_f32(rows)
+        return found.copy()
 
     def _before(self, x: F32, layer: int, name: str) -> F32:
         """What a residual branch computes on: ``x`` behind the norm before it, if it has one."""
@@ -238,8 +247,3 @@ class Decoder:
 def kv_dtype(backend: Backend) -> KvDType:
     """Of the KV cache: what the backend's own attention wants, or float32 for NumPy's."""
     return backend.kv_dtype if isinstance(backend, SupportsAttention) else np.float32
-
-
-def _gather(table: Tensor, ids: NDArray[Any]) -> F32:
-    """Rows of a table, decoded: nothing but these rows is read from it."""
-    return table.to_f32(np.asarray(ids, np.int32)).copy()

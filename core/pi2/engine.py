@@ -259,7 +259,7 @@ class Engine:
             "parts": {kind: part.describe() for kind, part in self._parts.items()},
             "checksums_verified": self.model.verified,
         }
-        if self.offloaded is not None and self.offloaded.regions is not None:
+        if self.offloaded is not None:
             regions = self.offloaded.regions
             names["budget_bytes"] = regions.budget
             config["regions"] = regions.to_json()

@@ -13,7 +13,7 @@ from pi2.tensor import F32, Ids
 
 if TYPE_CHECKING:
     from pi2.container.reader import PiModel
-    from pi2.offload import OffloadCount
+    from pi2.offload_count import OffloadCount
 
 RANGE_BYTES = 8 << 20
 """Of bundles in a range of neurons that is read and computed as one in prefill: long reads, few buffers."""

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pi2.api import Backend, FfnSpec, Predictor, StorageTier
-from pi2.budget import Regions
+from pi2.budget import Regions, Room
 from pi2.errors import OptionError
 from pi2.ffns import add_range, dense_ranges
 from pi2.lookahead import Lookahead
-from pi2.memory import rss_bytes
+from pi2.memory import give_back_unused, rss_bytes
 from pi2.neuron_cache import NeuronCache
+from pi2.offload_count import OffloadCount
 from pi2.pipeline import FfnPipeline, NativePipeline, PythonPipeline, head_bytes
-from pi2.powers import SlotState, StreamCount, SupportsAsyncRead, SupportsStorageAbi, SupportsStreaming
+from pi2.powers import SlotState, SupportsAsyncRead, SupportsStorageAbi, SupportsStreaming
 from pi2.prefill import DenseReader
 from pi2.read_pattern import two_phases_pay
 from pi2.tensor import F32, U8, Ids
@@ -75,32 +76,6 @@ class OffloadOptions:
             raise OptionError(f"a cluster of {self.cluster} neurons cannot be", hint="1 to 65536")
 
 
-@dataclass(slots=True)
-class OffloadCount:
-    """What was read, hit and waited for, added up over FFNs.  Seconds of wall clock, but the stages'."""
-
-    wanted: int = 0
-    """Candidates: neurons that the predictor named."""
-    present: int = 0
-    """Of those, in memory when they were wanted."""
-    guessed: int = 0
-    """Neurons that look-ahead asked to be read."""
-    useful: int = 0
-    """Of those, wanted."""
-    wasted_bytes: int = 0
-    """Read for guesses that nobody waited for."""
-    stream: StreamCount = field(default_factory=StreamCount)
-
-    @property
-    def bytes_read(self) -> int:
-        return self.stream.bytes_read + self.wasted_bytes
-
-    def add(self, count: StreamCount) -> None:
-        total = self.stream
-        for name in StreamCount.__slots__:
-            setattr(total, name, getattr(total, name) + getattr(count, name))
-
-
 class OffloadedFfns:
     """``Ffns`` over a neuron cache.  One token: neuron by neuron; many: dense, range by range.
 
@@ -109,19 +84,20 @@ class OffloadedFfns:
 
     def __init__(
         self, model: PiModel, backend: Backend, tier: StorageTier, predictor: Predictor,
-        cache: NeuronCache, options: OffloadOptions, dense: Backend | None = None,
+        cache: NeuronCache, options: OffloadOptions, room: Room, dense: Backend | None = None,
     ) -> None:  # fmt: skip
         """``dense``: another backend, for many tokens."""
         arch = model.architecture
         self.cache, self.options = cache, options
         self.count = OffloadCount()
-        self.regions: Regions | None = None
+        self._room, self._tokens = room, 0
         self._thrashes = False
         self.notes: list[str] = []
         """What the user should know: slower than could be, smaller than wise."""
         self._predictor, self._backend, self._dense = predictor, backend, dense or backend
         self._spec = FfnSpec(model.geometry, arch.activation, arch.up_relu)
         self._all = np.arange(arch.n_neurons, dtype=np.int32)
+        self._named = np.zeros(arch.n_neurons, np.bool_)
         self.places = [model.ffn_place(ffn) for ffn in range(arch.n_layers)]
         ranges = dense_ranges(model.geometry, arch.n_neurons)
         self.reader = DenseReader(tier, self.places, ranges, model.geometry.stride)
@@ -133,6 +109,21 @@ class OffloadedFfns:
             raise OptionError(f"storage {tier.name} cannot read ahead", hint="prefetch=auto does if it can")
         self.lookahead = Lookahead(model, options.prefetch if ahead else "off")
         self.trace = TraceWriter(options.trace) if options.trace else None
+
+    @property
+    def regions(self) -> Regions:
+        """How the budget is shared out now."""
+        return self._room.regions(self.cache.capacity, self.cache.n_hot)
+
+    def fit(self, tokens: int) -> None:
+        """Resize the regions for ``tokens`` computed together (PowerInfer-2 §4.2).  Nothing is being read."""
+        if tokens == self._tokens:
+            return
+        self._tokens = tokens
+        if tokens == 1:
+            self.reader.stop()
+            give_back_unused()
+        self.cache.resize(self._room.slots(tokens))
 
     def _two_phases(self, tier: StorageTier, wish: str) -> bool:
         head = head_bytes(self._spec)
@@ -171,6 +162,8 @@ class OffloadedFfns:
         neurons = self._all if rows is None else rows
         if self.lookahead.pending and self.lookahead.pending[0] != ffn:
             self._forget_guess()
+        if ffn == 0:
+            self.fit(1)
         try:
             slots = self.cache.acquire(ffn, neurons)
             self._count(ffn, neurons, slots)
@@ -190,7 +183,9 @@ class OffloadedFfns:
         total.wanted += len(neurons)
         total.present += int(np.count_nonzero(self.cache.states[slots] == SlotState.PRESENT))
         if self.lookahead.pending:
-            total.useful += int(np.count_nonzero(np.isin(self.lookahead.pending[1], neurons)))
+            self._named[neurons] = True
+            total.useful += int(np.count_nonzero(self._named[self.lookahead.pending[1]]))
+            self._named[neurons] = False
 
     def _guess_next(self, ffn: int, x: F32, slots: Ids) -> None:
         """Start to read what FFN ``ffn + 1`` will probably want and does not have."""
@@ -222,6 +217,8 @@ class OffloadedFfns:
     def dense(self, ffn: int, chunks: Sequence[tuple[F32, F32]]) -> int:
         self._forget_guess()
         active, begin = 0, time.perf_counter()
+        if ffn == 0:
+            self.fit(sum(len(x) for x, _ in chunks))
         neurons, slots = self._likely_next(ffn, chunks[-1][0])
         for first, bundles in self.reader.bundles(ffn):
             placed = self._dense.place_ffn(bundles, self._spec)
@@ -276,6 +273,7 @@ class OffloadedFfns:
         excess = 0 if budget is None else rss_bytes() - budget
         if excess > 0:
             least = cache.n_hot + cache.neurons
+            self._room.correct(excess)
             cache.resize(max(least, cache.capacity - -(-excess // cache.slab.shape[1])))
             if cache.capacity == least:
                 self._note("more memory than the budget is in use: the estimate of the minimum was too low")

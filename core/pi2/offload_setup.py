@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pi2.api import Backend, CachePolicy, Keys, Predictor, StorageTier
-from pi2.budget import Regions, slots_within, to_come, too_small
-from pi2.container.layout import DENSE
+from pi2.budget import GROUP, Room, batch_bytes, to_come, too_small
 from pi2.errors import BudgetError
 from pi2.hot import hot_neurons
 from pi2.kv_cache import KvDType
@@ -43,6 +42,11 @@ class Offload:
     dense: Backend | None = None
     """Another backend, for the FFNs of many tokens."""
 
+    @property
+    def most(self) -> int:
+        """Tokens that go through the layers together at most."""
+        return min(self.context, GROUP * self.chunk)
+
 
 def attach(model: PiModel, backend: Backend, predictor: Predictor, offload: Offload) -> None:
     """``Predictor.attach`` under the budget.
@@ -52,8 +56,10 @@ def attach(model: PiModel, backend: Backend, predictor: Predictor, offload: Offl
     arch, g, memory = model.architecture, model.geometry, offload.options.memory
     own = predictor.offloaded_bytes(model) if isinstance(predictor, SupportsOffload) else 0
     if memory is not None:
-        fixed = rss_bytes() + model.manifest.files[DENSE].nbytes + own + offload.elsewhere
-        fixed += to_come(arch, g, offload.context, offload.chunk, offload.kv)
+        fixed = rss_bytes() + model.resident_bytes + own + offload.elsewhere
+        fixed += to_come(arch, offload.context, offload.kv) + batch_bytes(
+            arch, g, offload.most, offload.chunk
+        )
         minimum = max(fixed + arch.n_neurons * g.stride, rss_peak_bytes())
         if memory < minimum:
             hint = None
@@ -77,22 +83,26 @@ def open_ffns(
     """
     arch, g, options = model.architecture, model.geometry, offload.options
     give_back_unused()
-    fixed = rss_bytes() + to_come(arch, g, offload.context, offload.chunk, offload.kv)
+    fixed = rss_bytes() + to_come(arch, offload.context, offload.kv)
     slots = min(options.slots or 1 << 62, arch.n_layers * arch.n_neurons)
     if slots < arch.n_neurons:
         raise BudgetError(f"{slots} slots cannot hold an FFN", hint=f"{arch.n_neurons} at least")
-    if options.memory is not None:
-        slots = slots_within(options.memory, arch, g, fixed)
+    room = Room(
+        arch,
+        g,
+        chunk=offload.chunk,
+        fixed=fixed,
+        elsewhere=offload.elsewhere,
+        memory=options.memory,
+        slots=slots,
+    )
+    least, most = room.slots(offload.most), room.slots(1)
     notes: list[str] = []
-    room = slots - arch.n_neurons
-    hot_slots = room // 2 if options.hot is None else int(options.hot * arch.n_layers * arch.n_neurons)
-    hot = hot_neurons(model, min(room, hot_slots), notes, options.keep == "even")
-    cache = NeuronCache(arch.n_layers, arch.n_neurons, g.stride, slots, offload.policy)
-    ffns = OffloadedFfns(model, backend, tier, predictor, cache, options, offload.dense)
-    cold = (slots - len(hot)) * g.stride
-    budget = options.memory or fixed + slots * g.stride
-    hot_bytes = offload.elsewhere + len(hot) * g.stride
-    ffns.regions = Regions(budget, budget - hot_bytes - cold, hot_bytes, cold)
+    spare = least - arch.n_neurons
+    hot_slots = spare * 3 // 4 if options.hot is None else int(options.hot * arch.n_layers * arch.n_neurons)
+    hot = hot_neurons(model, min(spare, hot_slots), notes, options.keep == "even")
+    cache = NeuronCache(arch.n_layers, arch.n_neurons, g.stride, most, offload.policy)
+    ffns = OffloadedFfns(model, backend, tier, predictor, cache, options, room, offload.dense)
     if not isinstance(tier, SupportsAsyncRead):
         notes.append(f"storage {tier.name} reads through the page cache and nothing ahead: this is slow")
     ffns.notes = notes

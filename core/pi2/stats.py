@@ -12,7 +12,7 @@ import numpy as np
 import pi2
 from pi2.decoder import FfnCount
 from pi2.memory import rss_peak_bytes
-from pi2.offload import OffloadCount
+from pi2.offload_count import OffloadCount
 
 
 @dataclass(slots=True)

@@ -249,13 +249,5 @@ def serve(kind: str, model: Path, options: dict[str, Any]) -> None:
     os._exit(0)  # libraries of other people sometimes hang in their destructors
 
 
-def drop_page_cache(*paths: Path) -> None:
-    """Give up the cached pages of these files, which nobody may have mapped meanwhile."""
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
-
-
 if __name__ == "__main__":
     serve(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))

@@ -12,8 +12,8 @@ own (page cache counted, the model's files dropped from it before), each under t
     pi2 in memory, pi2 exact in memory, llama.cpp in memory (repacked)    no limit
     prefill            pi2, --prefill tokens at once under the limit; and without: "prefill in memory"
     llama.cpp prefill  the same under the limit, as the paper compares it
-    "pi2 [exact] KEY=VALUE..."    other options, for ablations: two_phase=false, prefetch=off, policy=lru,
-                       storage=mmap, memory=none (all weights mapped, as llama.cpp has them)
+    mmap, flash, flash-lru, baseline, bundle, cache    modes of ``pi2 bench``, under the limit
+    "pi2 [exact] KEY=VALUE..."    with other options: two_phase=off, prefetch=off, policy=lfu, storage=...
 
 RESULT.json grows by one piece at a time: a run that was stopped goes on, ``--minutes`` stops one.  All get
 the same tokens: a prompt, then tokens one by one, of which the first ``--settle`` fill the cache and do not
@@ -33,16 +33,17 @@ from typing import Any
 
 import disk
 import numpy as np
-from contenders import Contender, drop_page_cache
+from contenders import Contender
 from decode import READ_BYTES, machine, read_speed
 from in_memory import architecture
-from memory_cgroup import MemoryCgroup
 from offload_summary import summary
+from pi2.bench import MODES, Mode
 from pi2.container import read_manifest
+from pi2.memory_cgroup import MemoryCgroup, drop_page_cache
 from pi2.stats import versions
 from pi2.tensor import row_bytes
 
-HEADROOM = 0.03  # of the limit, that pi2 is not told of: what the kernel charges beside the resident set
+PEERS = ("mmap", "flash", "flash-lru", "baseline", "bundle", "cache")
 Piece = dict[str, Any]
 
 
@@ -69,15 +70,16 @@ class Bench:
         self.pieces: dict[str, Callable[[], Piece]] = {
             "disk": self.disk,
             "llama.cpp": lambda: self.llama(limited=True),
-            "pi2": lambda: self.pi2(options.predictor, limited=True),
-            "pi2 exact": lambda: self.pi2("exact", limited=True),
-            "pi2 in memory": lambda: self.pi2(options.predictor, limited=False),
-            "pi2 exact in memory": lambda: self.pi2("exact", limited=False),
+            "pi2": lambda: self.pi2(MODES["pipeline"], options.predictor),
+            "pi2 exact": lambda: self.pi2(MODES["pipeline"], "exact"),
+            "pi2 in memory": lambda: self.pi2(MODES["memory"], options.predictor),
+            "pi2 exact in memory": lambda: self.pi2(MODES["memory"], "exact"),
             "llama.cpp in memory": lambda: self.llama(limited=False),
-            "prefill": lambda: self.pi2(options.predictor, limited=True, prefill=True),
-            "prefill in memory": lambda: self.pi2(options.predictor, limited=False, prefill=True),
+            "prefill": lambda: self.pi2(MODES["pipeline"], options.predictor, prefill=True),
+            "prefill in memory": lambda: self.pi2(MODES["memory"], options.predictor, prefill=True),
             "llama.cpp prefill": lambda: self.llama(limited=True, prefill=True),
         }
+        self.pieces |= {name: lambda mode=MODES[name]: self.pi2(mode, options.predictor) for name in PEERS}
 
     def run(self, name: str) -> Piece:
         """A piece by its name; ``pi2 [exact] KEY=VALUE...`` is one with other options than the usual ones."""
@@ -87,7 +89,7 @@ class Bench:
         if first != "pi2" or not all("=" in word or word == "exact" for word in words):
             raise SystemExit(f"no piece is called {name!r}: there are {', '.join(self.pieces)}")
         predictor = "exact" if "exact" in words else self.options.predictor
-        return self.pi2(predictor, limited=True, changes=[word for word in words if "=" in word])
+        return self.pi2(MODES["pipeline"], predictor, changes=[word for word in words if "=" in word])
 
     def disk(self) -> Piece:
         neurons = self.model / "neurons.safetensors"
@@ -109,28 +111,22 @@ class Bench:
         options = {"threads": o.threads, "context": len(ids) + 8, "repack": not limited}
         return self._run("llama.cpp", self.gguf, ids, prompt, limited, **options)
 
-    def pi2(
-        self, predictor: str, *, limited: bool, prefill: bool = False, changes: Sequence[str] = ()
-    ) -> Piece:
+    def pi2(self, mode: Mode, predictor: str, *, prefill: bool = False, changes: Sequence[str] = ()) -> Piece:
         o = self.options
         ids, prompt = self.tokens(o.settle + o.decode, prefill)
-        context, backend = len(ids) + 8, f"cpu:threads={o.threads}"
-        options: dict[str, Any] = {"backend": backend, "predictor": predictor, "context": context}
-        if limited:
-            offload: dict[str, Any] = {"memory": int(self.limit * (1 - HEADROOM))}
-            for item in (*o.offload, *changes):
-                key, _, value = item.partition("=")
-                if key == "storage":
-                    options["storage"] = value
-                elif (key, value) == (
-                    "memory",
-                    "none",
-                ):  # all weights are mapped
-                    del offload["memory"]
-                else:
-                    offload[key] = _value(value)
-            options["offload"] = offload if "memory" in offload else None
-        return self._run("pi2", self.model, ids, prompt, limited, **options)
+        chosen: dict[str, Any] = {
+            "backend": f"cpu:threads={o.threads}",
+            "predictor": predictor,
+            "offload": {},
+        }
+        for item in (*o.offload, *changes):
+            key, _, value = item.partition("=")
+            if key == "storage":
+                chosen[key] = value
+            else:
+                chosen["offload"][key] = _value(value)
+        options = mode.arguments(chosen, self.limit) | {"context": len(ids) + 8}
+        return self._run("pi2", self.model, ids, prompt, mode.limited, **options)
 
     def _run(
         self, kind: str, model: Path, ids: list[int], prompt: int, limited: bool, **options: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 PAPER = {
     "decode_over_llama.cpp": "up to 29.2 (v1), 27.8 (v3), 24.6 on average",
     "decode_over_flash": "3.94 (v1), 3.84 (v3) on average",
+    "steps": "bundle 2.7, cache 3.83, pipeline 2.30",
     "io_wait_share": 0.137,
     "p99_to_mean": "1.79 for Bamboo-7B, 1.41 for Mixtral-47B",
     "hit_rate": 0.95,
@@ -55,6 +57,11 @@ def summary(state: dict[str, Any]) -> dict[str, Any]:
         ratio(f"{name}: decode_over_in_memory", name, f"{name} in memory", speed)
         ratio(f"{name}: decode_over_llama.cpp_in_memory", name, "llama.cpp in memory", speed)
         ratio(f"{name}: peak_memory_over_llama.cpp_in_memory", name, "llama.cpp in memory", _memory)
+    ratio("pi2: decode_over_flash", "pi2", "flash", speed)
+    ratio("pi2: decode_over_flash-lru", "pi2", "flash-lru", speed)
+    steps = ("baseline", "bundle", "cache", "pi2")
+    for before, after in pairwise(steps):
+        ratio(f"step to {after}: decode_over_{before}", after, before, speed)
     ratio("prefill_over_llama.cpp", "prefill", "llama.cpp prefill", lambda p: 1 / p["prefill_s"])
     report["prefill_wall_over_larger_of_io_and_compute"] = _prefill_bound(repeats)
     return report

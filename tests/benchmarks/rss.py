@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contenders import Contender, drop_page_cache
+from contenders import Contender
 from decode import machine
 from in_memory import architecture
-from memory_cgroup import MemoryCgroup
 from pi2.container import read_manifest
+from pi2.memory_cgroup import MemoryCgroup, drop_page_cache
 from pi2.stats import versions
 
 EVERY_S = 0.02

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 import pi2
 from pi2.cli import (
+    bench,
     chat,
     collect,
     compile,  # noqa: A004  the command's name
@@ -70,7 +71,7 @@ app = typer.Typer(
 )
 _USE = (run, chat)
 _MAKE = (convert, compile, inspect, collect, report, train_predictor, train_head, relufy, place, eval)
-for _module in (*_USE, *_MAKE, plugins, doctor):
+for _module in (*_USE, *_MAKE, bench, plugins, doctor):
     app.command(name=_module.__name__.rpartition(".")[2].replace("_", "-"))(_module.command)
 
 

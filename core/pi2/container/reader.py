@@ -24,7 +24,7 @@ from pi2.container.safetensors_file import Entry, Header, parse_json, read_heade
 from pi2.errors import FormatError, StorageError
 from pi2.memory import aligned_bytes
 from pi2.powers import FfnPlace, SupportsView
-from pi2.tensor import DTYPES, F32, U8, DType, Tensor
+from pi2.tensor import DTYPES, F32, U8, DType, Ids, Tensor
 
 VERIFY_UP_TO = 1 << 30  # bytes that are checksummed on opening without being asked: about a second
 _PIECE = 32 << 20  # bytes read at once
@@ -79,6 +79,30 @@ class PiModel:
         rows, cols = inventory.dense_matrices(self.architecture)[name]
         dtype: DType = self._dense.metadata[name]  # type: ignore[assignment]  # checked on opening
         return Tensor(self._bytes(self._dense_file, entry).reshape(rows, -1), dtype, cols)
+
+    def rows(self, name: str, ids: Ids) -> Tensor:
+        """Rows ``ids`` of such a matrix, in their order; no other is read unless all are in memory."""
+        if not self.by_rows(name):
+            whole = self.matrix(name)
+            return Tensor(whole.data[ids], whole.dtype, whole.cols)
+        entry, (rows, cols) = self._dense.entries[name], inventory.dense_matrices(self.architecture)[name]
+        dtype: DType = self._dense.metadata[name]  # type: ignore[assignment]  # checked on opening
+        size = entry.nbytes // rows
+        starts = entry.offset + ids.astype(np.int64) * size
+        data = aligned_bytes(len(ids) * size)
+        self._tier.read(self._dense_file, np.stack((starts, np.full(len(ids), size)), axis=1), data)
+        return Tensor(data.reshape(len(ids), size), dtype, cols)
+
+    def by_rows(self, name: str) -> bool:
+        """Whether a matrix is better read row by row when wanted: a table, while memory is dear."""
+        head = name == "embed.weight" and self.architecture.tied
+        return not self._views and name.startswith("embed.") and not head
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of the weights outside the FFNs, what stays in memory."""
+        tables = [entry.nbytes for name, entry in self._dense.entries.items() if self.by_rows(name)]
+        return self.manifest.files[DENSE].nbytes - sum(tables)
 
     def vector(self, name: str) -> F32:
         """A norm or bias outside the bundles, (n,).  KeyError for a name not in the inventory."""

@@ -10,6 +10,7 @@ namespace {
 
 // About 50 us of pausing: longer than the gap between two calls of one layer, shorter than a time slice.
 constexpr int kSpins = 2000;
+constexpr uint64_t kNone = 0xffffffff;  // as the next chunk: there is none yet
 constexpr int kSpinsBeforeYield = 200;  // on a busy machine the thread waited for may need this very core
 
 void pause() {
@@ -83,9 +84,10 @@ void Pool::run(Task task, void* context, int64_t chunks) {
 
 void Pool::share(Task task, void* context, int64_t chunks) {
   const uint32_t job = job_.load(std::memory_order_relaxed) + 1;
+  next_.store(uint64_t{job} << 32 | kNone);  // before chunks_ grows: a late worker may still look at both
   task_.store(task, std::memory_order_relaxed);
   context_.store(context, std::memory_order_relaxed);
-  chunks_.store(chunks, std::memory_order_relaxed);
+  chunks_.store(chunks, std::memory_order_release);
   done_.store(0, std::memory_order_relaxed);
   next_.store(static_cast<uint64_t>(job) << 32, std::memory_order_release);
   job_.store(job);  // sequentially consistent, as is the load of sleepers_: no wake-up is lost
@@ -106,7 +108,7 @@ void Pool::work(uint32_t job, int thread) {
     uint64_t next = next_.load(std::memory_order_acquire);
     do {
       const auto chunk = static_cast<int64_t>(next & 0xffffffffU);
-      if (next >> 32 != job || chunk >= chunks_.load(std::memory_order_relaxed)) return;
+      if (next >> 32 != job || chunk >= chunks_.load(std::memory_order_acquire)) return;
     } while (!next_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel));
     task_.load(std::memory_order_relaxed)(context_.load(std::memory_order_relaxed), thread,
                                           static_cast<int64_t>(next & 0xffffffffU));

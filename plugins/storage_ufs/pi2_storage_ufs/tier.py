@@ -54,7 +54,7 @@ class UfsTier(StorageTier):
     def __init__(
         self,
         engine: str | None = None,
-        depth: int = 32,
+        depth: int = 128,
         threads: int = 4,
         block: int = 4096,
         merge: int = 1 << 20,

@@ -97,7 +97,7 @@ void Queue::finish(Op op, int32_t code) {
   if (code == 0) counts_.bytes += op->done;
   settle(*op, code);
   if (code != 0) drop(op->ticket.get());
-  done_.notify_all();
+  if (op->ticket->left == 0) done_.notify_all();  // nobody waits for less than all of it
 }
 
 // The lowest offset tells of the failure; being cancelled tells least.

@@ -24,7 +24,8 @@ namespace {
 
 constexpr int64_t kSlot = 64 * 1024;  // bytes of a registered buffer
 constexpr int kFiles = 64;            // registered files; those beyond are read by descriptor
-constexpr uint64_t kWake = 0;         // user_data of the poll on the event; operations have their address
+constexpr int kShare = 8;      // of what is in flight, one part is waited for while there is more to send
+constexpr uint64_t kWake = 0;  // user_data of the poll on the event; operations have their address
 
 int setup(unsigned entries, io_uring_params* p) {
   return static_cast<int>(syscall(SYS_io_uring_setup, entries, p));
@@ -81,9 +82,10 @@ class Ring {
     store(sq_tail_, ++local_tail_);
     ++unsent_;
   }
-  // Sends what was pushed, waits for at least one answer.  0, or an errno that does not go away.
-  int enter() {
-    const auto sent = syscall(SYS_io_uring_enter, fd_, unsent_, 1U, IORING_ENTER_GETEVENTS, nullptr, 0);
+  // Sends what was pushed, waits for so many answers at least.  0, or an errno that does not go away.
+  int enter(int answers) {
+    const auto sent = syscall(SYS_io_uring_enter, fd_, unsent_, static_cast<unsigned>(answers),
+                              IORING_ENTER_GETEVENTS, nullptr, 0);
     if (sent >= 0) unsent_ -= static_cast<unsigned>(sent);
     return sent >= 0 || errno == EINTR || errno == EAGAIN || errno == EBUSY ? 0 : errno;
   }
@@ -242,7 +244,9 @@ void Uring::serve() {
       issue(std::move(op));
     }
     if (flying_ == 0 && queue_.stopped()) return;
-    if (const int error = ring_.enter()) return queue_.fail(error);  // nobody shall wait for a broken ring
+    const bool more = flying_ == depth_;
+    if (const int error = ring_.enter(more ? std::max(1, flying_ / kShare) : 1))
+      return queue_.fail(error);  // nobody shall wait for a broken ring
     io_uring_cqe cqe;
     while (ring_.reap(&cqe)) answer(cqe);
   }

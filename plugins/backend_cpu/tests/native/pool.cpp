@@ -1,4 +1,7 @@
 // Thousands of small calls from contexts of 1 to 8 threads, against the bits that one thread gives.
+#include "../../src/pool.h"
+
+#include <atomic>
 #include <chrono>
 #include <thread>
 #include <vector>
@@ -64,6 +67,19 @@ void pool_rounds(uint32_t seed, int64_t rounds) {
   }
 }
 
+// Jobs of ever changing sizes, one right after the other: every chunk is done once, by the end of its job.
+void exactly_once(int64_t jobs) {
+  Random r{std::mt19937(3)};
+  pi2::Pool pool(4, nullptr);
+  std::atomic<int32_t> done[64] = {};
+  for (int64_t job = 0; job < jobs; ++job) {
+    const int64_t chunks = 2 + r.below(r.one_in(2) ? 3 : 62);
+    pool.for_each(chunks, [&](int64_t chunk) { done[chunk].fetch_add(1, std::memory_order_relaxed); });
+    for (int64_t i = 0; i < 64; ++i)
+      if (done[i].exchange(0) != (i < chunks)) fail("chunk " + std::to_string(i) + " was not done once");
+  }
+}
+
 }  // namespace
 
 // Two callers, each with contexts of its own: the library shares nothing between them but constants.
@@ -71,5 +87,6 @@ void stress_pool(int64_t rounds) {
   std::thread other(pool_rounds, 1, rounds);
   pool_rounds(2, rounds);
   other.join();
+  exactly_once(400 * rounds);
   std::printf("pool: %lld contexts opened and closed\n", static_cast<long long>(2 * rounds));
 }

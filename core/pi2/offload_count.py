@@ -1,0 +1,33 @@
+"""What weights on flash cost: hits, reads and waiting, added up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pi2.powers import StreamCount
+
+
+@dataclass(slots=True)
+class OffloadCount:
+    """What was read, hit and waited for, added up over FFNs.  Seconds of wall clock, but the stages'."""
+
+    wanted: int = 0
+    """Candidates: neurons that the predictor named."""
+    present: int = 0
+    """Of those, in memory when they were wanted."""
+    guessed: int = 0
+    """Neurons that look-ahead asked to be read."""
+    useful: int = 0
+    """Of those, wanted."""
+    wasted_bytes: int = 0
+    """Read for guesses that nobody waited for."""
+    stream: StreamCount = field(default_factory=StreamCount)
+
+    @property
+    def bytes_read(self) -> int:
+        return self.stream.bytes_read + self.wasted_bytes
+
+    def add(self, count: StreamCount) -> None:
+        total = self.stream
+        for name in StreamCount.__slots__:
+            setattr(total, name, getattr(total, name) + getattr(count, name))
