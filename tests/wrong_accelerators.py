@@ -15,7 +15,7 @@ class SlowTwin(PlainBackend):
         self.power = OneAfterTheOther(self)
 
     def prepare_ffn(self, ffn, tokens, count):
-        self.power.prepare_ffn(ffn, tokens, count)
+        return self.power.prepare_ffn(ffn, tokens, count)
 
     def begin_ffn(self, ffn, x, count):
         return self.power.begin_ffn(ffn, x, count)

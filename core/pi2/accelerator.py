@@ -45,10 +45,11 @@ class SupportsAsyncFfn(Protocol):
     One ticket is open at a time, and between ``begin_ffn`` and its end no other method is called.
     """
 
-    def prepare_ffn(self, ffn: Any, tokens: int, count: int) -> None:
+    def prepare_ffn(self, ffn: Any, tokens: int, count: int) -> bool:
         """A hint, given while attention computes: ``begin_ffn`` of this shape comes next (§4.1.3: graphs).
 
         Starts what makes it quick and does not wait; what was not prepared is computed all the same.
+        False: not ready yet, ``begin_ffn`` would wait, and who can does better to go on with another count.
         """
         ...
 

@@ -41,7 +41,7 @@ class HybridOptions:
     prefill: str = "cpu"
     """Where the FFNs of many tokens are computed, dense: "cpu" or "accelerator"."""
     lost: str = "stop"
-    """What happens when the accelerator fails: "stop", or go on on the "cpu", which is said aloud."""
+    """What happens if the accelerator fails with hot clusters: "stop", or go on on the "cpu", said aloud."""
     trace: Path | None = None
     """File to write what both halves did to, for Perfetto."""
 
@@ -67,8 +67,8 @@ class OneAfterTheOther:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
-    def prepare_ffn(self, ffn: Any, tokens: int, count: int) -> None:
-        return None
+    def prepare_ffn(self, ffn: Any, tokens: int, count: int) -> bool:
+        return True
 
     def begin_ffn(self, ffn: Any, x: F32, count: int) -> tuple[Any, F32, int]:
         return ffn, x, count
@@ -155,7 +155,7 @@ class HybridFfns:
         self.set_share(options.hot)
 
     def set_share(self, share: float) -> None:
-        """From the next attention block on so much of each FFN is hot; the accelerator prepares meanwhile.
+        """So much of each FFN is hot as soon as the accelerator is ready, which it gets ready for meanwhile.
 
         Raises OptionError for a share that was not provided for.
         """
@@ -168,11 +168,13 @@ class HybridFfns:
 
     def expect(self, ffn: int, tokens: Sequence[int]) -> None:
         self.cold.expect(ffn, tokens)
-        self.hot.resize(ffn, self.hot.neurons(self.share))
+        wanted = self.hot.neurons(self.share)
+        if 0 in (wanted, self.hot.count(ffn)):
+            self.hot.resize(ffn, wanted)
         for n in sorted(set(tokens)):
-            count = self.hot.count(ffn) if n == 1 else self._neurons * self._dense_here
-            if count:
-                self._power.prepare_ffn(self._placed[ffn], n, count)
+            count = wanted if n == 1 else self._neurons * self._dense_here
+            if count and self._power.prepare_ffn(self._placed[ffn], n, count) and n == 1:
+                self.hot.resize(ffn, count)  # else as many as before, until the accelerator is ready
 
     def sparse(self, ffn: int, x: F32, predictor: Predictor, out: F32) -> int:
         count = self.hot.count(ffn)

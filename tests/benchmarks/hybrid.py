@@ -60,6 +60,8 @@ def main() -> None:
             shared = HybridOptions(share)
             engine = Engine.open(options.model, backend=options.backend, cold=options.cold, hybrid=shared)
             engines[f"hot {share:g}"] = stack.enter_context(engine)
+            if engine.setup()["emulated"]:
+                parser.error(f"{options.backend} is emulated: its time says nothing of the device's")
         rows: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
         for _ in range(options.repeats):
             for name, engine in engines.items():

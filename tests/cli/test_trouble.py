@@ -106,6 +106,13 @@ def test_a_terminal_that_cannot_show_a_character_does_not_end_the_run(toy):
 
 
 def test_a_lossy_run_says_so(capsys):
-    setup = {"backend": "b", "storage": "s", "predictor": "p", "lossless": False, "config": {}}
+    setup = {
+        "backend": "b",
+        "storage": "s",
+        "predictor": "p",
+        "lossless": False,
+        "emulated": False,
+        "config": {},
+    }
     print_run(RunStats(), setup)
     assert "lossy: neurons may be missed" in capsys.readouterr().err

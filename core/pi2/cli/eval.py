@@ -84,8 +84,8 @@ def command(
 
 
 def describe(found: Evaluation, setup: dict[str, Any]) -> dict[str, Any]:
-    """The object of ``--json``."""
-    dense = found.dense
+    """The object of ``--json``.  No figures of speed where a device was emulated."""
+    dense, timed = found.dense, not setup["emulated"]
     return {
         "sequence": found.sequence,
         "sequences": found.sequences,
@@ -95,25 +95,30 @@ def describe(found: Evaluation, setup: dict[str, Any]) -> dict[str, Any]:
         "perplexity_loss": None if found.loss is None else _finite(found.loss),
         "perplexity_loss_error": None if found.loss_error is None else _finite(found.loss_error),
         "agreement": found.agreement,
-        "tokens_per_s": _rate(found),
-        **_figures(found.overall()),
+        "tokens_per_s": _rate(found) if timed else None,
+        **_figures(found.overall(), timed=timed),
         "predictor_bytes": found.overall().nbytes,
         "layers": [
-            {"layer": layer, **_figures(score), "width": score.width, "predictor_bytes": score.nbytes}
+            {
+                "layer": layer,
+                **_figures(score, timed=timed),
+                "width": score.width,
+                "predictor_bytes": score.nbytes,
+            }
             for layer, score in enumerate(found.layers)
         ],
         **setup,
     }
 
 
-def _figures(score: LayerScore) -> dict[str, float]:
+def _figures(score: LayerScore, *, timed: bool) -> dict[str, float | None]:
     """``predictor_s``: seconds of one call, which is one token in one layer."""
     return {
         "density": score.density,
         "predicted_density": score.predicted_density,
         "recall": score.recall,
         "precision": score.precision,
-        "predictor_s": score.seconds / score.calls,
+        "predictor_s": score.seconds / score.calls if timed else None,
     }
 
 
@@ -126,15 +131,14 @@ def _finite(value: float) -> float | None:
 
 
 def _print(found: Evaluation, setup: dict[str, Any]) -> None:
-    overall = found.overall()
+    overall, timed = found.overall(), not setup["emulated"]
     trained = overall.nbytes > 0
     rows = [["layer", "density", "predicted", "recall", "precision", "predictor"]]
     rows[0] += ["width", "bytes"] if trained else []
     named = [*((str(i), s) for i, s in enumerate(found.layers)), ("mean", overall)]
     for name, score in named:
-        f = _figures(score)
-        shares = [f"{f[k]:.2%}" for k in ("density", "predicted_density", "recall", "precision")]
-        rows.append([name, *shares, f"{f['predictor_s'] * 1e6:.0f} us"])
+        shares = [f"{k:.2%}" for k in (score.density, score.predicted_density, score.recall, score.precision)]
+        rows.append([name, *shares, f"{score.seconds / score.calls * 1e6:.0f} us" if timed else "-"])
         if trained:
             rows[-1] += [str(score.width or "-"), str(score.nbytes)]
     rows[-1][0] = "all" if trained else "mean"
@@ -150,5 +154,6 @@ def _print(found: Evaluation, setup: dict[str, Any]) -> None:
         lost = f"lost {found.loss:+.3%} ± {found.loss_error:.3%}"
         lines.append(("dense", f"{found.dense.perplexity:.4f}, {lost}"))
         lines.append(("agreement", f"{found.agreement:.2%} of the likeliest tokens"))
-    lines.append(("speed", f"{_rate(found):.1f} tokens/s on {setup['backend']}"))
+    if timed:
+        lines.append(("speed", f"{_rate(found):.1f} tokens/s on {setup['backend']}"))
     print_table(lines)

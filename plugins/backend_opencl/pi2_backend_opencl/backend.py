@@ -99,11 +99,12 @@ class OpenclBackend(Backend):
         with device_errors(self._device.name):
             return neurons.place_ffn(self._device, bundles, spec)
 
-    def prepare_ffn(self, ffn: neurons.Ffn, tokens: int, count: int) -> None:
-        """Records the launches of this shape (pi2.powers.SupportsAsyncFfn)."""
+    def prepare_ffn(self, ffn: neurons.Ffn, tokens: int, count: int) -> bool:
+        """Records the launches of this shape, which is done at once."""
         if tokens <= plans.MOST_TOKENS:
             with suppress(PluginError), device_errors(self._device.name):
                 plans.plan_for(self._device, ffn, tokens, count, integers=self._integers)
+        return True
 
     def begin_ffn(self, ffn: neurons.Ffn, x: F32, count: int) -> plans.Ticket:
         device, tokens = self._device, len(x)

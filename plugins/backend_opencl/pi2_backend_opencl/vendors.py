@@ -45,7 +45,8 @@ class Library:
     """Functions of the OpenCL loader that this process has in memory, and of a platform's extensions."""
 
     def __init__(self, platform: Any) -> None:
-        found = [line.split()[-1] for line in _MAPS.read_text().splitlines() if "libOpenCL" in line]
+        maps = _MAPS.read_text().splitlines() if _MAPS.exists() else []
+        found = [line.split()[-1] for line in maps if "libOpenCL" in line]
         self._loader = ctypes.CDLL(found[0] if found else None)
         self._platform = c_void_p(platform.int_ptr)
 

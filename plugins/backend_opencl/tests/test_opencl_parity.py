@@ -59,8 +59,10 @@ def test_alone(expected, cache, profile):
         check(engine, expected)
 
 
-@pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize(("hot", "where"), [(0.5, "accelerator"), (0.9, "cpu"), (0.1, "cpu")])
+@pytest.mark.parametrize(
+    ("profile", "hot", "where"),
+    [*((profile, 0.5, "accelerator") for profile in PROFILES), ("", 0.9, "cpu"), (PROFILES[1], 0.1, "cpu")],
+)
 def test_as_the_hot_half(expected, cache, profile, hot, where):
     options = HybridOptions(hot, attention=where, prefill=where)
     with opened(f"opencl:{profile}cache={cache}", cold=EXACT, hybrid=options) as engine:
@@ -77,6 +79,17 @@ def test_as_the_hot_half_of_a_model_on_flash(expected, cache):
     with opened(f"opencl:cache={cache}", cold=EXACT, hybrid=HybridOptions(), offload=offload) as engine:
         check(engine, expected)
         assert engine.setup()["hybrid"]["hot_neurons"] == 768
+
+
+def test_a_share_that_changes_between_tokens_changes_nothing_else(expected, cache):
+    with opened(f"opencl:cache={cache}", cold=EXACT, hybrid=HybridOptions(0.1, most=1.0)) as engine:
+        session = engine.session()
+        logits = [session.logits(PROMPT)]
+        for share, token in zip((0.9, 0.0), DECODED, strict=True):
+            engine.hybrid.set_share(share)
+            logits.append(session.forward([token])[None])
+            assert engine.hybrid.hot.count(29) == round(share * 24) * 64
+        np.testing.assert_allclose(np.concatenate(logits), expected[0], atol=1e-3)
 
 
 def test_a_trace_shows_that_both_halves_compute_at_the_same_time(cache, tmp_path):

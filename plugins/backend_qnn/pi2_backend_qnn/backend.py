@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from pi2.accelerator import FfnDone, ToPlace
@@ -26,6 +26,9 @@ from pi2_backend_qnn.tokens import finite_rows, pad, pieces
 _EMULATED_SOC = "SM8650"
 EMULATOR = "htp-emulator-x86"
 """What the worker calls the emulator; a device is "htp-device"."""
+
+
+PlacedT = TypeVar("PlacedT", Matrix, Ffn)
 
 
 class QnnBackend(Backend):
@@ -130,7 +133,7 @@ class QnnBackend(Backend):
         self._client.close()
 
     def place(self, weight: Tensor) -> Matrix:
-        return Matrix(weight=weight)
+        return self._known(Matrix(weight=weight))
 
     def linear(self, weight: Matrix, x: F32, out: F32, rows: Ids | None = None) -> None:
         if rows is not None:
@@ -149,7 +152,7 @@ class QnnBackend(Backend):
             out[bad.rows] = host.linear(weight, bad.x, None)
 
     def place_ffn(self, bundles: U8, spec: FfnSpec) -> Ffn:
-        return Ffn(bundles=bundles, spec=spec, cluster=self._cluster)
+        return self._known(Ffn(bundles=bundles, spec=spec, cluster=self._cluster))
 
     def ffn(self, ffn: Ffn, x: F32, out: F32, rows: Ids | None = None) -> int:
         """All neurons are computed; those that are not among ``rows`` are multiplied by 0."""
@@ -160,15 +163,22 @@ class QnnBackend(Backend):
         if out.size == 0 or not mask.any():
             out[:] = 0
             return 0
-        return begin(self._programs, ffn, x, mask, ffn.clusters).finish(out).active
+        return begin(self._programs, ffn, x, mask, ffn.neurons).finish(out).active
 
-    def prepare_ffn(self, ffn: Ffn, tokens: int, count: int) -> None:
-        if self._trouble is None:
-            try:
-                for shape in {(rows_for(p.stop - p.start), ffn.clusters_for(count)) for p in pieces(tokens)}:
-                    self._programs.prepare(ffn, shape)
-            except QnnError as e:
-                self._trouble = e
+    def _known(self, placed: PlacedT) -> PlacedT:
+        if self._contexts is not None:
+            self._contexts.require(placed)
+        return placed
+
+    def prepare_ffn(self, ffn: Ffn, tokens: int, count: int) -> bool:
+        shapes = {ffn.shape_for(part.stop - part.start, count) for part in pieces(tokens)}
+        try:
+            for shape in shapes:
+                self._programs.prepare(ffn, shape)
+            return all(self._programs.is_ready(ffn, shape) for shape in shapes)
+        except QnnError as e:
+            self._trouble = self._trouble or e
+            return True  # to be told of it
 
     def begin_ffn(self, ffn: Ffn, x: F32, count: int) -> Call:
         """Raises what went wrong when the graph was prepared, too."""
@@ -176,7 +186,7 @@ class QnnBackend(Backend):
         if trouble is not None:
             raise trouble
         mask = (np.arange(ffn.neurons) < count).astype(np.float32)
-        return begin(self._programs, ffn, x, mask, ffn.clusters_for(count))
+        return begin(self._programs, ffn, x, mask, count)
 
     def finish_ffn(self, ticket: Call, out: F32) -> FfnDone:
         return ticket.finish(out)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pi2.errors import StorageError
 
 from pi2_backend_qnn.errors import ContextDamaged, ContextMissing, WrongSoc, WrongVersion
-from pi2_backend_qnn.placed import ROWS, Ffn, Placed, Shape
+from pi2_backend_qnn.placed import DECODE, ROWS, Ffn, Placed, Shape
 
 if TYPE_CHECKING:
     from pi2_backend_qnn.programs import Programs
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 FORMAT = 1
 _AGAIN = "compile again: pi2 compile"
-_DECODE = 8  # tokens of the largest graph that is made of a part of an FFN
 
 Show = Callable[[str, int, int], None]
 
@@ -59,9 +58,15 @@ class Contexts:
                 raise WrongVersion(f"{folder} was compiled with {differing}", hint=_AGAIN)
         return cls(folder, manifest)
 
+    def require(self, placed: Placed) -> None:
+        """Raises ContextMissing for weights that were not compiled."""
+        if placed.digest not in self._graphs:
+            raise ContextMissing(f"{self._folder} has nothing of {placed}", hint=_AGAIN)
+
     def find(self, placed: Placed, shape: Shape) -> dict[str, Any]:
         """Path of a context, and path -> sha256 of its files.  Raises ContextMissing."""
-        graph = self._graphs.get(placed.digest, {}).get(_key(shape))
+        self.require(placed)
+        graph = self._graphs[placed.digest].get(_key(shape))
         if graph is None:
             raise ContextMissing(
                 f"{self._folder} has no context of {placed} for {shape[0]} tokens", hint=_AGAIN
@@ -76,7 +81,7 @@ def shapes_of(placed: Placed) -> list[Shape]:
     if not isinstance(placed, Ffn):
         return [(rows, 1) for rows in ROWS]
     prefixes = placed.prefixes()
-    return [(rows, c) for rows in ROWS for c in (prefixes if rows <= _DECODE else prefixes[-1:])]
+    return [(rows, c) for rows in ROWS for c in (prefixes if rows <= DECODE else prefixes[-1:])]
 
 
 def compile_all(

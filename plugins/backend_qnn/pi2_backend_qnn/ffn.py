@@ -11,7 +11,7 @@ from pi2.accelerator import FfnDone
 from pi2.tensor import BLOCK, F32
 
 from pi2_backend_qnn import host
-from pi2_backend_qnn.placed import Ffn, rows_for
+from pi2_backend_qnn.placed import Ffn
 from pi2_backend_qnn.programs import Programs, Run
 from pi2_backend_qnn.scaling import Exponents
 from pi2_backend_qnn.tokens import Bad, finite_rows, pad, pieces
@@ -53,9 +53,9 @@ class Call:
             run.cancel()
 
 
-def begin(programs: Programs, ffn: Ffn, x: F32, mask: F32, clusters: int) -> Call:
-    """Start the FFN of ``x`` (n, d), n >= 1, over the first ``clusters``; ``mask`` (k,) is 1 for neurons that
-    count and 0 for others, which are computed as well.  Raises QnnError; then nothing was started.
+def begin(programs: Programs, ffn: Ffn, x: F32, mask: F32, count: int) -> Call:
+    """Start the FFN of ``x`` (n, d), n >= 1, over the first ``count`` neurons; ``mask`` (k,) is 1 for those
+    that take part, 0 for others, which may be computed as well.  Raises QnnError; then nothing was started.
     """
     x, bad = finite_rows(x)
     good = np.ones(len(x), np.bool_)
@@ -65,7 +65,7 @@ def begin(programs: Programs, ffn: Ffn, x: F32, mask: F32, clusters: int) -> Cal
     try:
         for part in pieces(len(x)):
             e, fed = ffn.scaling.inputs(x[part], ffn.spec)
-            shape = programs.choose(ffn, (rows_for(len(e)), clusters))
+            shape = programs.choose(ffn, ffn.shape_for(len(e), count))
             inputs = {name: pad(values, shape[0]) for name, values in fed.items()}
             inputs |= _masks(ffn, mask, shape[1])
             outputs = [(1, shape[0], ffn.spec.geometry.d_model), (1, *shape)]

@@ -52,6 +52,14 @@ class Graph:
         self._nodes.append(helper.make_node(op, list(inputs), [name], name=f"{name}.{op}", **attributes))
         return name
 
+    def split(self, name: str, x: str, parts: int) -> list[str]:
+        """(1, parts, n) -> so many times (1, 1, n)."""
+        if parts == 1:
+            return [x]
+        names = [f"{name}{number}" for number in range(parts)]
+        self._nodes.append(helper.make_node("Split", [x], names, name=f"{name}.Split", axis=1))
+        return names
+
     def nbits(self, name: str, x: str, quants: NDArray[np.int8], scales: F32, bits: int) -> str:
         """``x`` (1, M, K) times quants (N, K) with scales (N, K / 32)."""
         n, k = quants.shape
@@ -127,7 +135,7 @@ class _Cluster:
     def build(self, x: str, number: int) -> tuple[str, str]:
         """Names of this cluster's sum (1, M, d), and of its number of active neurons (1, M, 1)."""
         g, at, gated = self.g, self.at, self.spec.geometry.gate is not None
-        mask = g.input(f"mask{number}", 1, 1, self.n)
+        self.mask = mask = g.input(f"mask{number}", 1, 1, self.n)
         biases = self._biases()
         up = self._dots(x, "up", biases[-1])
         if gated and self.spec.up_relu:
@@ -149,6 +157,13 @@ class _Cluster:
             self.spec.geometry, name
         )
 
+    def _unfolded(self, name: str, values: F32) -> str:
+        """Numbers for each neuron (k, n) -> (1, k, n), 0 for those that are masked.
+
+        The product with the mask keeps QNN from storing a constant as often as a graph has rows, times 8.
+        """
+        return self.g.add("Mul", name, self.g.constant(f"{name}.all", values[None]), self.mask)
+
     def _biases(self) -> list[F32 | None]:
         if not self.spec.geometry.biased:
             return [None]
@@ -160,7 +175,7 @@ class _Cluster:
         if bias is None:
             return y
         scaled = np.ldexp(bias, -self.exponents[name]).astype(np.float32)
-        term = g.add("Mul", f"{label}.bias", "ones", g.constant(f"{label}.b", scaled.reshape(1, 1, -1)))
+        term = g.add("Mul", f"{label}.bias", "ones", self._unfolded(f"{label}.b", scaled[None]))
         return g.add("Add", f"{label}.biased", y, term)
 
     def _activated(self, pre: str) -> tuple[str, str | None]:
@@ -194,11 +209,10 @@ class _Cluster:
         q = quants_of(data, dtype)
         scales = np.ldexp(q.scales, -self.exponents["down"])
         ones = np.ones((BLOCK, self.n // BLOCK), np.float32)
-        columns = []
-        for block in range(scales.shape[1]):
-            label = f"{at}{block}"
-            factors = g.constant(f"{label}.factors", scales[:, block].reshape(1, 1, -1))
-            scaled = g.add("Mul", f"{label}.h", h, factors)
+        blocks, columns = scales.shape[1], []
+        factors = g.split(f"{at}.factors", self._unfolded(f"{at}.scales", scales.T), blocks)
+        for block in range(blocks):
+            scaled = g.add("Mul", f"{at}{block}.h", h, factors[block])
             quants = q.quants[:, block * BLOCK : (block + 1) * BLOCK].T
-            columns.append(g.nbits(label, scaled, quants, ones, q.bits))
+            columns.append(g.nbits(f"{at}{block}", scaled, quants, ones, q.bits))
         return columns[0] if len(columns) == 1 else g.add("Concat", at, *columns, axis=2)

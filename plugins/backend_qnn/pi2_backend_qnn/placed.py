@@ -17,6 +17,8 @@ from pi2_backend_qnn.scaling import FfnScaling
 
 ROWS: Final = (1, 4, 8, 32, 128)
 """Tokens of a graph: 1 to 8 decode, 32 and 128 prefill; fewer tokens are padded with zeros."""
+DECODE: Final = 8
+"""Tokens of the largest graph for decoding; those for prompts are only made of whole handles."""
 SHARES: Final = 4
 """A handle has so many graphs for each number of tokens: the first quarter of its clusters, half, ..."""
 
@@ -105,10 +107,12 @@ class Ffn(Placed):
     def clusters(self) -> int:
         return -(-self.neurons // self.cluster)
 
-    def clusters_for(self, count: int) -> int:
-        """Clusters of the smallest graph that has the first ``count`` neurons."""
-        needed = -(-count // self.cluster)
-        return next(n for n in self.prefixes() if n >= needed)
+    def shape_for(self, tokens: int, count: int) -> Shape:
+        """The smallest graph that has the first ``count`` neurons."""
+        rows, needed = rows_for(tokens), -(-count // self.cluster)
+        if rows > DECODE:
+            return rows, self.clusters
+        return rows, next(n for n in self.prefixes() if n >= needed)
 
     def prefixes(self) -> list[int]:
         """Clusters of the graphs that there may be, ascending."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -12,14 +11,14 @@ from pi2.accelerator import GraphSwap
 from pi2.tensor import F32
 
 from pi2_backend_qnn.client import Client, Reply
-from pi2_backend_qnn.placed import Placed, Shape
+from pi2_backend_qnn.placed import DECODE, Placed, Shape
 
 if TYPE_CHECKING:
     from pi2_backend_qnn.contexts import Contexts
 
 
-KEPT: Final = 3
-"""Graphs of a matrix or an FFN at once: decoding, a prompt, and its tail."""
+KEPT: Final = 2
+"""Graphs of a matrix or an FFN for decoding, and as many for prompts, at once."""
 
 
 class Programs:
@@ -65,10 +64,10 @@ class Programs:
         self, placed: Placed, shape: Shape, inputs: Mapping[str, F32], outputs: Sequence[tuple[int, ...]]
     ) -> Run:
         """Start to run a graph.  Raises QnnError if it cannot be made."""
-        begin = time.perf_counter()
+        begin = self._client.now()
         self.prepare(placed, shape)
         self._await(placed, shape)
-        waited = time.perf_counter() - begin
+        waited = self._client.now() - begin
         made = placed.made.pop(shape, None)
         self._drop_oldest(placed, shape)
         self._drop()
@@ -104,10 +103,11 @@ class Programs:
     def _drop_oldest(self, placed: Placed, used: Shape) -> None:
         """Every graph has a copy of the weights of its own: few are kept, those that were used last."""
         placed.graphs[used] = placed.graphs.pop(used)
-        ready = [shape for shape in placed.graphs if shape not in placed.building]
-        for shape in ready[:-KEPT]:
-            self._dropped.append(placed.graphs.pop(shape))
-            placed.made.pop(shape, None)
+        alike = [shape for shape in placed.graphs if (shape[0] > DECODE) == (used[0] > DECODE)]
+        for shape in alike[:-KEPT]:
+            if shape not in placed.building:
+                self._dropped.append(placed.graphs.pop(shape))
+                placed.made.pop(shape, None)
 
     def _drop(self) -> None:
         if self._dropped:
@@ -136,7 +136,11 @@ class Run:
 
     def finish(self) -> tuple[Reply, list[F32]]:
         """Wait for it.  The results are views, good until the next request.  Raises QnnError."""
-        reply = self._client.wait(self._ticket)
+        try:
+            reply = self._client.wait(self._ticket)
+        except BaseException:  # Ctrl-C, too
+            self.cancel()
+            raise
         return reply, [self._client.view(where) for where in self._where]
 
     def cancel(self) -> None:

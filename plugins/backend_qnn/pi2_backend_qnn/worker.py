@@ -42,6 +42,7 @@ class Worker:
         self._descriptor = memory
         self._map = mmap.mmap(memory, 0)
         self._sessions: dict[int, Any] = {}
+        self._unwanted: set[int] = set()  # dropped before they were made
         self._devices: list[Any] = []
         self._options: dict[str, str] = {}
 
@@ -88,7 +89,7 @@ class Worker:
                 raise ValueError(f"{DAMAGED}{name} cannot be read, {e.strerror}") from None
             if found != wanted:
                 raise ValueError(f"{DAMAGED}the checksum of {name} is not the manifest's")
-        self._sessions[number] = self._session(path)
+        self._keep(number, self._session(path))
 
     def run(self, number: int, inputs: dict[str, Any], outputs: list[Any]) -> None:
         session = self._sessions[number]
@@ -96,14 +97,25 @@ class Worker:
         for result, where in zip(session.run(None, fed), outputs, strict=True):
             self._array(where)[...] = result
 
+    def numbers(self) -> dict[str, Any]:
+        """Of the graphs that are kept."""
+        return {"numbers": list(self._sessions)}
+
     def drop(self, numbers: list[int]) -> None:
         for number in numbers:
-            self._sessions.pop(number, None)
+            if self._sessions.pop(number, None) is None:
+                self._unwanted.add(number)
+
+    def _keep(self, number: int, session: Any) -> None:
+        """Called by either thread."""
+        self._sessions[number] = session
+        if number in self._unwanted:
+            del self._sessions[number]
 
     def _compile(self, number: int, model: bytes, save: str | None) -> None:
         """A session of the graph; ``save``: a file to write its context beside, and nothing to run."""
         if save is None:
-            self._sessions[number] = self._session(model)
+            self._keep(number, self._session(model))
             return
         entries = {"context_enable": "1", "context_file_path": save, "context_embed_mode": "0"}
         self._session(model, {f"ep.{key}": value for key, value in entries.items()})

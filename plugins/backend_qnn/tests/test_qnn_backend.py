@@ -1,5 +1,6 @@
 """The conformance kit on the emulator of the NPU, and what the kit does not ask of static graphs."""
 
+import json
 import os
 
 import numpy as np
@@ -12,6 +13,7 @@ from pi2.tensor import Tensor, encode
 from pi2.testing import BackendTests
 from pi2.testing.plugin import examples
 from pi2.testing.strategies import generators
+from pi2_backend_qnn import selftest
 from pi2_backend_qnn.backend import QnnBackend
 from pi2_backend_qnn.errors import QnnError
 from pi2_backend_qnn.ffn import begin
@@ -50,7 +52,7 @@ def ffn(rng, neurons, dtype="q4_0", activation="relu", d=64):
 
 def call(backend, handle, x, mask, clusters):
     out = np.full_like(x, np.nan)
-    begin(backend._programs, handle, x, mask, clusters).finish(out)
+    begin(backend._programs, handle, x, mask, clusters * CLUSTER).finish(out)
     return out
 
 
@@ -126,6 +128,24 @@ def test_hot_neurons_here_and_cold_ones_elsewhere_are_the_dense_ffn(backend, hot
 
 
 @emulated
+def test_graphs_of_what_was_released_go_even_while_they_are_made(backend):
+    rng = np.random.default_rng(0)
+    x, out = rng.standard_normal((1, 64)).astype(np.float32), np.empty((1, 64), np.float32)
+
+    def numbers():
+        return set(backend._client.call({"do": "numbers"}).values["numbers"])
+
+    before = numbers()
+    for _ in range(3):
+        handle = backend.place_ffn(*ffn(rng, CLUSTER))
+        backend.prepare_ffn(handle, 1, CLUSTER)
+        backend.release(handle)
+    kept = backend.place_ffn(*ffn(rng, CLUSTER))
+    backend.ffn(kept, x, out)
+    assert numbers() - before == set(kept.graphs.values())
+
+
+@emulated
 def test_what_went_wrong_while_preparing_is_told_when_the_graph_is_needed(backend):
     bundles, spec = ffn(np.random.default_rng(0), CLUSTER, "f32")
     handle, x = backend.place_ffn(bundles, spec), np.ones((1, 64), np.float32)
@@ -133,3 +153,19 @@ def test_what_went_wrong_while_preparing_is_told_when_the_graph_is_needed(backen
     backend.prepare_ffn(handle, 1, CLUSTER)
     with pytest.raises(QnnError, match="refuses a graph"):
         backend.begin_ffn(handle, x, CLUSTER)
+
+
+@emulated
+def test_the_selftest_for_owners_of_a_device_passes_here_without_a_word_of_speed(capsys):
+    with pytest.raises(SystemExit) as end:
+        selftest.main(
+            ["--json", "--backend", "qnn:emulator=on,cluster=32", "--d-model", "64", "--neurons", "96"]
+        )
+    found = json.loads(capsys.readouterr().out)
+    assert (end.value.code, found["ok"], found["kind"]) == (0, True, "htp-emulator-x86")
+    assert len(found["checks"]) == 4
+    assert "seconds" not in found
+    with pytest.raises(SystemExit, match="NPU"):
+        selftest.main(["--json"])
+    with pytest.raises(SystemExit):
+        selftest.main(["--d-model", "33"])

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from command_line import pi2
 from pi2.builtin.mmap_tier import MmapTier
 from pi2.container.reader import open_model
 from pi2.engine import Engine
@@ -140,3 +141,31 @@ def test_ffns_of_the_default_model_are_right_for_the_inputs_that_they_get():
         backend.close()
     model.close()
     tier.close()
+
+
+def test_pi2_eval_leaves_them_out_too(model, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The bark of willows.")
+    command = (
+        "eval",
+        model,
+        text,
+        "--tokens",
+        6,
+        "--sequence",
+        6,
+        "--backend",
+        QNN,
+        "--cold",
+        "numpy",
+        "--hot",
+        0.6,
+    )
+    said = pi2(*command, "--json")
+    assert said.exit_code == 0, said.stderr
+    found = json.loads(said.stdout)
+    assert found["tokens_per_s"] is found["predictor_s"] is None
+    assert found["perplexity"] > 1
+    told = pi2(*command)
+    assert told.exit_code == 0
+    assert "tokens/s" not in told.stdout + told.stderr

@@ -2,6 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ from pi2.tensor import Tensor, encode
 from pi2_backend_qnn import errors
 from pi2_backend_qnn.backend import QnnBackend
 from pi2_backend_qnn.client import Client
+from pi2_backend_qnn.placed import Matrix
 from pi2_backend_qnn.probe import probe
 
 pytestmark = pytest.mark.skipif(not probe(), reason=probe().reason)
@@ -24,6 +29,24 @@ def product(backend, handle):
     out = np.full((1, 8), np.nan, np.float32)
     backend.linear(handle, X, out)
     return out.tobytes()
+
+
+def state(process):
+    return (process / "stat").read_text().rpartition(")")[2].split()[0]
+
+
+def until(happens):
+    """Whether it does within ten seconds."""
+    for _ in range(200):
+        if happens():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def stop(process_id):
+    os.kill(process_id, signal.SIGSTOP)
+    assert until(lambda: state(Path(f"/proc/{process_id}")) == "T")
 
 
 @pytest.fixture
@@ -58,7 +81,7 @@ def test_no_answer_in_time_is_an_error_once(backend):
     before = product(backend, handle)
     backend._client._deadline = 0.5
     worker = backend._client.process_id
-    os.kill(worker, signal.SIGSTOP)
+    stop(worker)
     with pytest.raises(errors.WorkerTimeout, match=r"within 0\.5 s") as refusal:
         product(backend, handle)
     assert "deadline" in refusal.value.hint
@@ -66,6 +89,35 @@ def test_no_answer_in_time_is_an_error_once(backend):
         os.kill(worker, 0)
     backend._client._deadline = 20
     assert product(backend, handle) == before
+
+
+def test_ctrl_c_leaves_nothing_behind(backend):
+    """The answer to a call that was given up is not taken for the next one's."""
+    handle = backend.place(weight())
+    before = product(backend, handle)
+    stop(backend._client.process_id)
+    restore = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            product(backend, handle)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, restore)
+    os.kill(backend._client.process_id, signal.SIGCONT)
+    assert [product(backend, handle) for _ in range(3)] == [before] * 3
+    backend._client.reuse()
+    assert backend._client._used == 0
+
+
+def test_a_worker_does_not_outlive_who_started_it():
+    program = (
+        "import os; from pi2_backend_qnn.backend import QnnBackend as B; b = B.open({'emulator': 'on'});"
+        "print(b._client.process_id, flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    worker = Path(f"/proc/{int(done.stdout)}")
+    assert until(lambda: not worker.exists() or state(worker) == "Z")
 
 
 def test_a_missing_library_is_named(tmp_path):
@@ -80,7 +132,7 @@ def test_a_missing_library_is_named(tmp_path):
 )
 def test_what_qnn_says_to_a_soc_is_told(soc, error):
     client = Client(None, {"soc_model": soc}, 20)
-    placed = QnnBackend.place(None, weight())
+    placed = Matrix(weight=weight())
     asked, arrays = placed.request((1, 1))
     asked |= {name: client.share(array) for name, array in arrays.items()}
     with pytest.raises(error) as refusal:

@@ -12,6 +12,8 @@
 #define _mm512_cvtepi32_ps emulated_cvtepi32_ps
 #undef _mm512_cvtepi8_epi32
 #define _mm512_cvtepi8_epi32 emulated_cvtepi8_epi32
+#undef _mm512_cvtepu8_epi32
+#define _mm512_cvtepu8_epi32 emulated_cvtepu8_epi32
 #undef _mm512_maskz_loadu_epi8
 #define _mm512_maskz_loadu_epi8 emulated_maskz_loadu_epi8
 #undef _mm512_maskz_loadu_ps
@@ -34,13 +36,17 @@ inline __m512 emulated_cvtepi32_ps(__m512i v) {
   return _mm512_loadu_ps(out);
 }
 
-inline __m512i emulated_cvtepi8_epi32(__m128i v) {
-  int8_t in[16];
+template <class Byte>
+__m512i emulated_widen(__m128i v) {
+  Byte in[16];
   int32_t out[16];
   __builtin_memcpy(in, &v, sizeof in);
   for (int i = 0; i < 16; ++i) out[i] = in[i];
   return _mm512_loadu_si512(out);
 }
+
+inline __m512i emulated_cvtepi8_epi32(__m128i v) { return emulated_widen<int8_t>(v); }
+inline __m512i emulated_cvtepu8_epi32(__m128i v) { return emulated_widen<uint8_t>(v); }
 
 inline __m512i emulated_maskz_loadu_epi8(uint64_t mask, const void* p) {
   uint8_t out[64] = {};

@@ -1,5 +1,4 @@
 // Thousands of small calls from contexts of 1 to 8 threads, against the bits that one thread gives.
-
 #include "../../src/pool.h"
 
 #include <atomic>
