@@ -11,7 +11,7 @@ from pi2.container.layout import QuantPlan
 from pi2.container.reader import open_model
 from pi2.convert import convert
 from pi2.engine import Engine, parse_choice
-from pi2.offload import OffloadOptions
+from pi2.offload_options import OffloadOptions
 from pi2.plugins import Plugins, probe
 from pi2.testing.models import RandomSource, toy_architecture
 

@@ -22,7 +22,7 @@ from pi2.errors import OptionError, PluginError
 from pi2.hot import HotClusters, hottest_first
 from pi2.hybrid import HybridOptions, OneAfterTheOther
 from pi2.hybrid_setup import beside
-from pi2.offload import OffloadOptions
+from pi2.offload_options import OffloadOptions
 from pi2.plugins import Plugins
 from pi2.sampling import Sampling
 from pi2.statistics_file import STATISTICS, Statistics

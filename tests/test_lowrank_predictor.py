@@ -15,7 +15,7 @@ from pi2.container import open_model
 from pi2.engine import Engine
 from pi2.errors import FormatError, OptionError
 from pi2.evaluate import evaluate
-from pi2.offload import OffloadOptions
+from pi2.offload_options import OffloadOptions
 from pi2.plugins import Plugins
 from pi2.powers import SupportsOffload
 from pi2.testing.backend import call_ffn, same_bits

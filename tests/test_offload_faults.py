@@ -16,7 +16,7 @@ from pi2.container.reader import open_model
 from pi2.engine import Engine
 from pi2.errors import FormatError, StorageError
 from pi2.memory import rss_bytes
-from pi2.offload import OffloadOptions
+from pi2.offload_options import OffloadOptions
 from pi2.plugins import probe
 
 UFS = toys.PLUGINS.of("storage_tiers").get("ufs")

@@ -15,7 +15,7 @@ from pi2.container.layout import DENSE, NEURONS
 from pi2.container.reader import open_model
 from pi2.engine import Engine
 from pi2.lookahead import Lookahead
-from pi2.offload import OffloadOptions
+from pi2.offload_options import OffloadOptions
 from pi2.powers import SlotState
 from pi2.prefill import DenseReader
 from pi2.statistics_file import STATISTICS, Statistics

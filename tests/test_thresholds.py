@@ -17,7 +17,7 @@ from pi2.config import Settings
 from pi2.container import replace_file
 from pi2.engine import Engine
 from pi2.errors import FormatError, OptionError
-from pi2.offload import OffloadOptions
+from pi2.offload_options import OffloadOptions
 from pi2.plugins import Plugins
 from pi2.statistics_file import FORMAT, STATISTICS, Statistics
 from pi2.testing.models import ffn_inputs, toy_architecture, write_toy_model

@@ -20,7 +20,8 @@ from pi2.ffns import Ffns, ResidentFfns
 from pi2.hybrid import ColdOnly, HybridFfns, HybridOptions
 from pi2.hybrid_setup import Hybrid, Placed, beside
 from pi2.model_choice import find_model
-from pi2.offload import OffloadedFfns, OffloadOptions
+from pi2.offload import OffloadedFfns
+from pi2.offload_options import OffloadOptions
 from pi2.offload_setup import Offload, attach, open_ffns
 from pi2.plugins import Plugins, probe
 from pi2.powers import SupportsAsyncRead

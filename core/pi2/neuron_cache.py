@@ -6,6 +6,7 @@ to the cold region, whose policy names what leaves.  Nothing is written back: we
 
 from __future__ import annotations
 
+import copy
 import mmap
 
 import numpy as np
@@ -27,7 +28,7 @@ class NeuronCache:
 
     def __init__(self, n_ffns: int, neurons: int, stride: int, slots: int, policy: CachePolicy) -> None:
         self.neurons = neurons
-        self.policy = policy
+        self.policy, self._fresh = policy, copy.deepcopy(policy)
         self._expiry = policy if isinstance(policy, SupportsExpiry) else None
         self._memory = mmap.mmap(-1, max(1, slots * stride), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.slab: U8 = np.frombuffer(self._memory, np.uint8, slots * stride).reshape(slots, stride)
@@ -105,6 +106,18 @@ class NeuronCache:
         """Give up what is in cold ``slots``; it may have gone already."""
         slots = slots[self._key_of[slots] >= 0]
         self._evict(self._key_of[slots], slots)
+
+    def reset(self) -> None:
+        """Empty the cold region, whatever an interrupted call has left of the tables.  Nothing is LOADING."""
+        hot = self.n_hot
+        self.policy = copy.deepcopy(self._fresh)
+        self._expiry = self.policy if isinstance(self.policy, SupportsExpiry) else None
+        self._by_key[:] = -1
+        self._by_key[self._key_of[:hot]] = np.arange(hot, dtype=np.int32)
+        self._key_of[hot:] = -1
+        self.states[hot:] = SlotState.EMPTY
+        self._pinned[:] = False
+        self._set_free(np.arange(self.capacity - 1, hot - 1, -1, dtype=np.int32))
 
     def resize(self, capacity: int) -> None:
         """Use so many slots; memory of those above goes back to the system.  Never into the hot region."""

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pi2.api import Backend, FfnSpec, Predictor, StorageTier
 from pi2.budget import Regions, Room
-from pi2.errors import OptionError
+from pi2.errors import OptionError, StorageError
 from pi2.ffns import add_range, dense_ranges
 from pi2.lookahead import Lookahead
 from pi2.memory import give_back_unused, rss_bytes
 from pi2.neuron_cache import NeuronCache
 from pi2.offload_count import OffloadCount
+from pi2.offload_options import OffloadOptions
 from pi2.pipeline import FfnPipeline, NativePipeline, PythonPipeline, head_bytes
 from pi2.powers import SlotState, SupportsAsyncRead, SupportsStorageAbi, SupportsStreaming
 from pi2.prefill import DenseReader
@@ -29,51 +28,6 @@ if TYPE_CHECKING:
     from pi2.container.reader import PiModel
 
 _RECENT = 8  # tokens at the end of a prompt whose neurons the next ones will probably want
-
-
-@dataclass(frozen=True, slots=True)
-class OffloadOptions:
-    """How a model is run whose FFN weights stay on flash.  None of it changes a bit of the result."""
-
-    memory: int | None = None
-    """Bytes that the process may have resident; None: as many slots as ``slots`` says."""
-    slots: int | None = None
-    policy: str | None = None
-    """Cache policy as ``name:key=value,...``; None: the best that there is."""
-    hot: float | None = None
-    """Share of each FFN, on average, that the model's statistics call hot and that never leaves the cache,
-
-    as far as there is room beside one whole FFN; None: as much as fills half of that room."""
-    pipeline: str = "auto"
-    """"native": the backend's own; "python": its slow twin; "auto": native where there is one."""
-    two_phase: str = "auto"
-    """"on": read gates first, and the rest only where they are not zero; "auto": if that is faster here."""
-    cluster: int = 64
-    """Neurons that are read and computed as one unit."""
-    overlap: bool = True
-    """Off: nothing is computed while something is being read."""
-    bundled: bool = True
-    """Off: every row of a neuron is a read of its own, one matrix after the other."""
-    keep: str = "frequent"
-    """What is hot: "frequent", as the statistics say; "even": every so many-th neuron, whatever it does."""
-    prefetch: str = "auto"
-    """"on": guess the next layer's neurons while this one is computed; "auto": as long as it pays."""
-    trace: Path | None = None
-    """File to write what the pipeline did to, for Perfetto."""
-
-    def __post_init__(self) -> None:
-        switch = ("auto", "on", "off")
-        choices = {"pipeline": ("auto", "native", "python"), "prefetch": switch, "two_phase": switch}
-        for name, known in (choices | {"keep": ("frequent", "even")}).items():
-            if (value := getattr(self, name)) not in known:
-                says = f"{name} is {', '.join(known[:-1])} or {known[-1]}, not {value!r}"
-                raise OptionError(says, hint=f"{name}={known[0]} is the default")
-        if not self.bundled and self.two_phase == "on":
-            raise OptionError("rows that are read one by one have no two phases", hint="leave two_phase out")
-        if self.hot is not None and not 0 <= self.hot <= 1:
-            raise OptionError(f"{self.hot:g} of an FFN cannot be hot", hint="0 to 1")
-        if not 1 <= self.cluster <= 1 << 16:
-            raise OptionError(f"a cluster of {self.cluster} neurons cannot be", hint="1 to 65536")
 
 
 class OffloadedFfns:
@@ -91,6 +45,7 @@ class OffloadedFfns:
         self.cache, self.options = cache, options
         self.count = OffloadCount()
         self._room, self._tokens = room, 0
+        self._inside = False  # of a call
         self._thrashes = False
         self.notes: list[str] = []
         """What the user should know: slower than could be, smaller than wise."""
@@ -119,11 +74,11 @@ class OffloadedFfns:
         """Resize the regions for ``tokens`` computed together (PowerInfer-2 §4.2).  Nothing is being read."""
         if tokens == self._tokens:
             return
-        self._tokens = tokens
         if tokens == 1:
             self.reader.stop()
             give_back_unused()
         self.cache.resize(self._room.slots(tokens))
+        self._tokens = tokens
 
     def _two_phases(self, tier: StorageTier, wish: str) -> bool:
         head = head_bytes(self._spec)
@@ -160,11 +115,12 @@ class OffloadedFfns:
     def sparse(self, ffn: int, x: F32, predictor: Predictor, out: F32) -> int:
         rows = predictor.predict(ffn, x)
         neurons = self._all if rows is None else rows
-        if self.lookahead.pending and self.lookahead.pending[0] != ffn:
-            self._forget_guess()
-        if ffn == 0:
-            self.fit(1)
+        self._begin()
         try:
+            if self.lookahead.pending and self.lookahead.pending[0] != ffn:
+                self._forget_guess()
+            if ffn == 0:
+                self.fit(1)
             slots = self.cache.acquire(ffn, neurons)
             self._count(ffn, neurons, slots)
             arriving = self.lookahead.pending
@@ -172,11 +128,22 @@ class OffloadedFfns:
             count = self.pipeline.ffn(self.places[ffn], neurons, slots, x, out)
             if arriving:
                 self._settle(*arriving)
-        except BaseException:
+        except StorageError:
             self._forget_guess()
+            self._inside = False
             raise
         self.count.add(count)
+        self._inside = False
         return count.active
+
+    def _begin(self) -> None:
+        """If the last call was interrupted, the tables of the cold region are not to be trusted."""
+        if self._inside:
+            self.reader.stop()
+            self.pipeline.settle(cancel=True)
+            self.lookahead.pending = None
+            self.cache.reset()
+        self._inside = True
 
     def _count(self, ffn: int, neurons: Ids, slots: Ids) -> None:
         total = self.count
@@ -215,10 +182,20 @@ class OffloadedFfns:
         self.cache.drop(slots[self.cache.states[slots] == SlotState.EMPTY])
 
     def dense(self, ffn: int, chunks: Sequence[tuple[F32, F32]]) -> int:
-        self._forget_guess()
+        self._begin()
+        try:
+            self._forget_guess()
+            if ffn == 0:
+                self.fit(sum(len(x) for x, _ in chunks))
+            active = self._dense_ranges(ffn, chunks)
+        except StorageError:
+            self._inside = False
+            raise
+        self._inside = False
+        return active
+
+    def _dense_ranges(self, ffn: int, chunks: Sequence[tuple[F32, F32]]) -> int:
         active, begin = 0, time.perf_counter()
-        if ffn == 0:
-            self.fit(sum(len(x) for x, _ in chunks))
         neurons, slots = self._likely_next(ffn, chunks[-1][0])
         for first, bundles in self.reader.bundles(ffn):
             placed = self._dense.place_ffn(bundles, self._spec)
@@ -273,10 +250,12 @@ class OffloadedFfns:
         excess = 0 if budget is None else rss_bytes() - budget
         if excess > 0:
             least = cache.n_hot + cache.neurons
+            self._inside = True
             self._room.correct(excess)
             cache.resize(max(least, cache.capacity - -(-excess // cache.slab.shape[1])))
             if cache.capacity == least:
                 self._note("more memory than the budget is in use: the estimate of the minimum was too low")
+            self._inside = False
 
     def close(self) -> None:
         """End all reads and give the slab back."""

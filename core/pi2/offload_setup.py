@@ -14,7 +14,8 @@ from pi2.hot import hot_neurons
 from pi2.kv_cache import KvDType
 from pi2.memory import aligned_bytes, give_back_unused, rss_bytes, rss_peak_bytes
 from pi2.neuron_cache import NeuronCache
-from pi2.offload import OffloadedFfns, OffloadOptions
+from pi2.offload import OffloadedFfns
+from pi2.offload_options import OffloadOptions
 from pi2.pipeline import bundle_ranges, read_ranges
 from pi2.powers import FfnPlace, SlotState, SupportsAsyncRead, SupportsOffload
 from pi2.tensor import U8, Ids

@@ -80,7 +80,7 @@ class Pi2:
         from pi2.engine import Engine
 
         if offload is not None:
-            from pi2.offload import OffloadOptions
+            from pi2.offload_options import OffloadOptions
 
             options["offload"] = OffloadOptions(**offload)
         self._engine = Engine.open(model, **options)

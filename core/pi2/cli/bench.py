@@ -120,7 +120,7 @@ def _read(file: Path) -> str:
 def _offload(policy: str | None, hot: float | None, details: str | None) -> dict[str, Any]:
     """Changes of OffloadOptions for modes that do not say otherwise, checked."""
     from pi2.engine import parse_choice
-    from pi2.offload import OffloadOptions
+    from pi2.offload_options import OffloadOptions
     from pi2.options import parse_options
 
     chosen: dict[str, Any] = parse_options(OffloadOptions, parse_choice(f":{details or ''}")[1])

@@ -13,7 +13,7 @@ from pi2.bench import Piece, Work
 from pi2.engine import Engine
 from pi2.errors import OptionError, Pi2Error
 from pi2.hybrid import HybridOptions
-from pi2.offload import OffloadOptions
+from pi2.offload_options import OffloadOptions
 from pi2.sampling import Sampling
 
 _HOT = 0.1  # of each FFN on the accelerator, unless --hot says otherwise

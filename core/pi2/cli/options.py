@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pi2.api import ModelSource
     from pi2.engine import Engine
     from pi2.hybrid import HybridOptions
-    from pi2.offload import OffloadOptions
+    from pi2.offload_options import OffloadOptions
     from pi2.plugins import Plugins
 
 _PART = "name, or name:key=value,key=value; without it the best that can run here"
@@ -221,7 +221,7 @@ def parse_offload(
     """What --memory and the options that need it mean; None without them.  Raises OptionError."""
     from pi2.engine import parse_choice
     from pi2.memory import parse_bytes
-    from pi2.offload import OffloadOptions
+    from pi2.offload_options import OffloadOptions
     from pi2.options import parse_options
 
     if memory is None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pi2.engine import Engine
 from pi2.hybrid import HybridOptions
-from pi2.offload import OffloadOptions
+from pi2.offload_options import OffloadOptions
 from pi2.plugins import Plugins
 from pi2.sampling import Sampling
 from pi2_backend_opencl.backend import OpenclBackend

@@ -11,7 +11,7 @@ from pi2.engine import Engine
 from pi2.errors import PluginError
 from pi2.hybrid import HybridOptions
 from pi2.model_choice import find_model
-from pi2.offload import OffloadOptions
+from pi2.offload_options import OffloadOptions
 from pi2.plugins import Plugins
 from pi2.sampling import Sampling
 from pi2.testing.models import toy_architecture, write_toy_model
