@@ -18,6 +18,7 @@ from pi2_backend_qnn.client import Client
 from pi2_backend_qnn.contexts import FORMAT, Contexts, compile_all
 from pi2_backend_qnn.errors import NoDevice, QnnError
 from pi2_backend_qnn.ffn import Call, begin
+from pi2_backend_qnn.pack import outputs
 from pi2_backend_qnn.placed import Ffn, Matrix, rows_for
 from pi2_backend_qnn.programs import Programs
 from pi2_backend_qnn.scaling import input_exponents, scaled
@@ -145,9 +146,9 @@ class QnnBackend(Backend):
         for part in pieces(len(x)):
             e, many = input_exponents(x[part]), rows_for(len(x[part]))
             fed = {"x": pad(scaled(x[part], -e), many)}
-            run = self._programs.begin(weight, (many, 1), fed, [(1, many, weight.weight.rows)])
+            run = self._programs.begin(weight, (many, 1), fed, [(1, many, outputs(weight.weight.rows))])
             _, (y,) = run.finish()
-            out[part] = scaled(y[0, : len(e)], e + weight.exponent)
+            out[part] = scaled(y[0, : len(e), : weight.weight.rows], e + weight.exponent)
         if bad is not None:
             out[bad.rows] = host.linear(weight, bad.x, None)
 

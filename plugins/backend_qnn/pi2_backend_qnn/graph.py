@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 from pi2.api import FfnSpec
 from pi2.tensor import BLOCK, F32, U8, DType, Tensor, decode
 
-from pi2_backend_qnn.pack import BITS, nbits, quants_of
+from pi2_backend_qnn.pack import BITS, nbits, outputs, quants_of
 
 _OPSETS = (("", 17), ("com.microsoft", 1))
 _IR_VERSION = 10
@@ -89,11 +89,16 @@ class Graph:
 
 
 def linear_graph(rows: int, weight: Tensor, exponent: int) -> bytes:
-    """x (1, M, cols) -> y (1, M, rows of ``weight``), divided by 2**exponent."""
+    """x (1, M, cols) -> y (1, M, rows of ``weight``), divided by 2**exponent.
+
+    A single row is followed by one of zeros: MatMulNBits of one row gives nonsense (QAIRT 2.51).
+    """
     g = Graph(rows)
     x = g.input("x", 1, rows, weight.cols)
-    g.linear("y", x, weight.data, weight.dtype, exponent)
-    return g.model({"y": (1, rows, weight.rows)})
+    data = np.zeros((outputs(weight.rows), weight.data.shape[1]), np.uint8)
+    data[: weight.rows] = weight.data
+    g.linear("y", x, data, weight.dtype, exponent)
+    return g.model({"y": (1, rows, len(data))})
 
 
 def ffn_graph(rows: int, bundles: U8, spec: FfnSpec, cluster: int, exponents: Mapping[str, int]) -> bytes:

@@ -64,3 +64,8 @@ def nbits(quants: NDArray[np.int8], bits: int) -> U8:
     if bits == 4:
         shifted = shifted[:, 0::2] | (shifted[:, 1::2] << np.uint8(4))
     return np.ascontiguousarray(shifted.reshape(len(quants), -1, BLOCK * bits // 8))
+
+
+def outputs(rows: int) -> int:
+    """Of the graph of a matrix with so many rows."""
+    return max(2, rows)

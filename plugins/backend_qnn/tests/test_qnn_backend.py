@@ -92,6 +92,20 @@ def test_tokens_go_through_graphs_of_few_sizes(backend, tokens):
 
 
 @emulated
+@pytest.mark.parametrize("dtype", ["q4_0", "q8_0", "f16", "f32"])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_matrices_of_few_rows_are_right(backend, dtype, rows):
+    """QNN's MatMulNBits of a single row is not."""
+    rng = np.random.default_rng(rows)
+    weight = Tensor(encode(rng.standard_normal((rows, 64), dtype=np.float32), dtype), dtype, 64)
+    for tokens in (1, 5):
+        x, out = rng.standard_normal((tokens, 64), dtype=np.float32), np.empty((tokens, rows), np.float32)
+        backend.linear(backend.place(weight), x, out)
+        size = np.abs(x) @ np.abs(weight.to_f32()).T
+        assert (np.abs(out - x @ weight.to_f32().T) <= 1e-3 * size).all()
+
+
+@emulated
 def test_a_graph_that_is_being_made_is_not_waited_for_if_another_fits(backend):
     rng = np.random.default_rng(0)
     handle = backend.place_ffn(*ffn(rng, 4 * CLUSTER))
