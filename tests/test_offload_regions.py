@@ -97,8 +97,9 @@ def test_look_ahead_goes_on_only_if_tokens_with_it_take_less_time(monkeypatch, p
         ahead.guess(predictor, 0, np.zeros((1, 64), np.float32))
         chosen.append(ahead.on)
         clock[0] += (1 if pays else 3) if ahead.on else 2
-    assert set(chosen[:32]) == {True, False}  # tried both ways
-    assert set(chosen[33:]) == {pays}
+    assert set(chosen[:32]) == {False}  # while the cache fills
+    assert set(chosen[32:64]) == {True, False}  # tried both ways
+    assert set(chosen[65:]) == {pays}
 
 
 def test_a_cache_smaller_than_a_token_wants_is_warned_about():

@@ -10,6 +10,7 @@ from pi2.api import ModelView, Predictor
 from pi2.residual import FfnInputs
 from pi2.tensor import F32, Ids
 
+_FIRST = 32  # tokens that fill the cache and say nothing of later ones
 _TRIAL = 16  # tokens with, and as many without
 _PERIOD = 512  # tokens after which it is tried again
 
@@ -32,6 +33,7 @@ class Lookahead:
         self._started = 0.0
         self._times: dict[bool, list[float]] = {True: [], False: []}
         self._on = mode != "off"
+        self._ran = False  # a trial
 
     @property
     def on(self) -> bool:
@@ -49,14 +51,17 @@ class Lookahead:
     def _next_token(self) -> None:
         now = time.perf_counter()
         if self.mode == "auto":
-            if self._token >= 0:
+            if self._token >= _FIRST:
                 self._times[self._on].append(now - self._started)
             self._token = (self._token + 1) % _PERIOD
             if self._token == 0:
                 self._times = {True: [], False: []}
-            if self._token < 2 * _TRIAL:
+            if self._token < _FIRST:
+                self._on = self._on and self._ran
+            elif self._token < _FIRST + 2 * _TRIAL:
                 self._on = self._token // 4 % 2 == 0  # in turns, so that what drifts hits both alike
-            elif self._token == 2 * _TRIAL:
+            elif self._token == _FIRST + 2 * _TRIAL:
+                self._ran = True
                 self._on = float(np.median(self._times[True])) < float(np.median(self._times[False]))
         self._started = now
         self.tokens_with += self._on

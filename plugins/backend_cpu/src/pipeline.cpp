@@ -118,7 +118,8 @@ void Pipeline::compute(Lock& lock, Unit unit, uint8_t thread) {
   if (unit.kind == Kind::kDown) {
     token_.downs(unit.range);
   } else if (unit.kind == Kind::kRest) {
-    token_.ups(which, ups = unit.count, ups);
+    ups = unit.count;
+    token_.ups(which, ups, ups);
   } else {
     const int64_t active = token_.gates(which, unit.count, unit.count, on);
     middle = now();
