@@ -1,5 +1,8 @@
 """The neuron cache against a dictionary, with every policy; how memory is measured and parsed."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -137,3 +140,10 @@ def test_the_resident_set_grows_with_what_is_touched():
     del block
     give_back_unused()
     assert rss_bytes() - before < 16 << 20
+
+
+def test_the_peak_of_a_process_does_not_begin_with_that_of_its_parent():
+    block = np.ones(400 << 20, np.uint8)
+    program = "from pi2.memory import rss_peak_bytes; print(rss_peak_bytes())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert 1 << 20 < int(done.stdout) < block.nbytes

@@ -13,7 +13,7 @@ import numpy as np
 from pi2.tensor import U8
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_STATM = Path("/proc/self/statm")
+_STATM, _STATUS = Path("/proc/self/statm"), Path("/proc/self/status")
 
 
 def parse_bytes(text: str) -> int:
@@ -44,7 +44,14 @@ def rss_bytes() -> int:
 
 
 def rss_peak_bytes() -> int:
-    """Largest resident set of this process so far."""
+    """Largest resident set of this program so far.
+
+    By getrusage it would begin, on Linux, with that of the process that started this one.
+    """
+    lines = _STATUS.read_text().splitlines() if _STATUS.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
