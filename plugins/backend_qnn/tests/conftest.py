@@ -1,4 +1,4 @@
-"""The emulator is slow: ``--hypothesis-profile qnn`` runs a share of every property's examples, always the same."""
+"""The emulator is slow: ``--hypothesis-profile qnn`` runs a share of the examples, always the same."""
 
 import pytest
 from hypothesis import settings
