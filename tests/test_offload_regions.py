@@ -102,6 +102,27 @@ def test_look_ahead_goes_on_only_if_tokens_with_it_take_less_time(monkeypatch, p
     assert set(chosen[65:]) == {pays}
 
 
+@given(st.lists(st.floats(0, 9), min_size=1, max_size=60), st.lists(st.booleans(), max_size=30))
+def test_look_ahead_asks_for_the_surest_and_for_fewer_after_wrong_guesses(sure, tokens):
+    ahead = Lookahead(open_model(toys.model("relu"), MmapTier()), "on")
+    confidence = np.array(sure, np.float32)
+    neurons = np.arange(3, 3 + len(sure), dtype=np.int32)
+    predictor, x = toys.part("predictors", "exact"), np.zeros((1, 64), np.float32)
+    before = len(ahead.surest(neurons, confidence))
+    for right in [*tokens, *[False] * 40]:
+        ahead.learn(100, 100 if right else 10)
+        ahead.guess(predictor, 0, x)
+        chosen = ahead.surest(neurons, confidence)
+        rest = np.setdiff1d(neurons, chosen)
+        assert np.all(np.diff(chosen) > 0)
+        assert len(chosen) > 0
+        assert not len(rest) or confidence[rest - 3].max() < confidence[chosen - 3].min()
+        assert len(chosen) >= before if right else len(chosen) <= before
+        before = len(chosen)
+    assert len(chosen) == np.count_nonzero(confidence == confidence.max())
+    assert ahead.surest(neurons, None).tolist() == neurons.tolist()
+
+
 def test_a_cache_smaller_than_a_token_wants_is_warned_about():
     with toys.engine("silu", slots=toys.NEURONS) as engine:
         for tokens in ([2], [3, 4]):  # said once, though other tokens want other numbers
