@@ -46,12 +46,7 @@ class Lookahead:
         return self._on
 
     def guess(self, predictor: Predictor, ffn: int, x: F32) -> tuple[Ids, F32 | None] | None:
-        """Neurons of FFN ``ffn + 1`` and how sure each is, if that is known; None for no guess.
-
-        Called once for every FFN of a token, in order.
-        """
-        if ffn == 0:
-            self._next_token()
+        """Neurons of FFN ``ffn + 1`` and how sure each is, if that is known; None for no guess."""
         if not self._on or ffn == self._last or self._inputs is None:
             return None
         ahead = self._inputs.carry(ffn, x)
@@ -73,7 +68,8 @@ class Lookahead:
         self._guessed += guessed
         self._useful += useful
 
-    def _next_token(self) -> None:
+    def next_token(self) -> None:
+        """Another token begins: decide whether to guess for it."""
         now = time.perf_counter()
         if self._guessed:
             good = self._useful >= _USEFUL * self._guessed

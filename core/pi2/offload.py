@@ -121,6 +121,7 @@ class OffloadedFfns:
                 self._forget_guess()
             if ffn == 0:
                 self.fit(1)
+                self.lookahead.next_token()
             slots = self.cache.acquire(ffn, neurons)
             self._count(ffn, neurons, slots)
             arriving = self.lookahead.pending
