@@ -89,8 +89,8 @@ class Predictors:
     """SHA-256 of the model's ``neurons.safetensors``."""
     layers: dict[int, FfnPredictor]
     loss: float | None = None
-    """By how much the perplexity rises on held-out text, as a share: e^KL - 1 of the mean divergence KL from the
-    dense model, of which a difference of perplexities is a noisy estimate.  None if that was not measured.
+    """By how much the perplexity rises on held-out text, as a share: e^KL - 1 of the mean divergence KL from
+    the dense model, of which a difference of perplexities is a noisy estimate.  None if not measured.
     """
     training: dict[str, str] = field(default_factory=dict)
 
