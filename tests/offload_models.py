@@ -28,6 +28,8 @@ ARCHITECTURES = {
     "post": toy_architecture(norm_place="post", final_norm=False),
     # 512 wide in f16: a gate of one page of 512 bytes and more behind it, so that loading has two phases
     "wide": toy_architecture(d_model=512, head_dim=128, n_neurons=NEURONS, attn_scale=0.1, n_layers=3),
+    # bundles of 896 bytes, so that they begin in the middle of a block
+    "packed": toy_architecture(d_model=512, head_dim=128, n_neurons=NEURONS, attn_scale=0.1),
 }
 BACKENDS = [name for name in ("numpy", "cpu") if name in PLUGINS.of("backends")]
 STORAGES = ["mmap"]
@@ -45,7 +47,7 @@ def folder() -> Path:
 @functools.cache
 def model(name: str) -> Path:
     """The directory of a model of ARCHITECTURES."""
-    quant, page = ("f16", 512) if name == "wide" else ("q8_0", 4096)
+    quant, page = {"wide": ("f16", 512), "packed": ("q4_0", 64)}.get(name, ("q8_0", 4096))
     source = RandomSource(ARCHITECTURES[name])
     return convert(source, folder() / name, QuantPlan.named(quant), page=page)
 

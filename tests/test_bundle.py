@@ -126,7 +126,7 @@ def test_a_geometry_without_one_of_its_numbers_is_refused(name):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("d_model", 0), ("d_model", "64"), ("d_model", True), ("d_model", 1 << 21), ("d_model", 65),
-     ("gate", "q5_0"), ("up", None), ("down", 8), ("biased", 1), ("page", 256), ("page", 4097),
+     ("gate", "q5_0"), ("up", None), ("down", 8), ("biased", 1), ("page", 32), ("page", 4097),
      ("page", 1 << 21), ("page", 4096.0), ("gate", ["q4_0"]), ("up", {})],
 )  # fmt: skip
 def test_impossible_values_are_refused(name, value):

@@ -101,7 +101,7 @@ def test_a_converted_model_comes_back(tmp_path, shape, dtype):
     stored=st.sampled_from(DTYPES),
     gated=st.booleans(),
     bias=st.booleans(),
-    page=st.sampled_from([512, 4096, 16384]),
+    page=st.sampled_from([64, 512, 4096, 16384]),
     neurons=st.integers(1, 40),
 )
 @settings(deadline=None, max_examples=25)

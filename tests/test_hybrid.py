@@ -37,6 +37,7 @@ class Accelerator(NumpyBackend):
 
     name = "twin"
     fails: str | None = None
+    """What fails from the next call on."""
 
     def __init__(self) -> None:
         self.power = OneAfterTheOther(self)
@@ -61,6 +62,11 @@ class Accelerator(NumpyBackend):
 
     def cancel_ffn(self, ticket):
         self.cancelled += 1
+
+    def linear(self, weight, x, out, rows=None):
+        if self.fails == "linear":
+            raise PluginError("the twin does not multiply", hint="divide")
+        super().linear(weight, x, out, rows)
 
     def release(self, handle):
         self.released += 1
@@ -177,18 +183,28 @@ def test_the_share_has_a_bound_and_whole_clusters():
     assert twin.released == 2
 
 
-@pytest.mark.parametrize("where", ["begin", "finish"])
+@pytest.mark.parametrize("where", ["begin", "finish", "linear"])
 @pytest.mark.parametrize("prefill", ["cpu", "accelerator"])
-def test_a_lost_accelerator_stops_the_run_or_leaves_it_to_the_cpu_aloud(where, prefill):
-    with hybrid(hot=0.5, prefill=prefill) as engine:
+@pytest.mark.parametrize("cold", COLD)
+def test_a_lost_accelerator_stops_the_run_or_leaves_it_to_the_cpu_aloud(where, prefill, cold):
+    options = {"hot": 0.5, "prefill": prefill, "attention": "accelerator", "cold": cold}
+    with hybrid(**options) as engine:
         engine._parts["backend"].fails = where
         with pytest.raises(PluginError, match="the twin"):
             toys.logits(engine, PROMPT, DECODED)
-    with hybrid(hot=0.5, prefill=prefill, lost="cpu") as engine:
-        engine._parts["backend"].fails = where
-        close(toys.logits(engine, PROMPT, DECODED), dense("relu"))
-        assert any("the twin" in note and "CPU computes everything" in note for note in engine.notes)
-        assert engine.setup()["hybrid"]["hot_neurons"] == 0
+    for lost_at in (0, 3):
+        with hybrid(**options, lost="cpu") as engine:
+            session, got = engine.session(), []
+            for at, tokens in enumerate([PROMPT, *([token] for token in DECODED)]):
+                engine._parts["backend"].fails = where if at >= lost_at else None
+                got.append(session.logits(tokens))
+            close(np.concatenate(got), dense("relu"))
+            assert [
+                "the twin" in note and "CPU computes everything" in note for note in engine.notes[1:]
+            ] == [True]
+            said = engine.setup()["hybrid"]
+            assert (said["hot_neurons"], said["attention"], said["prefill"]) == (0, "cpu", "cpu")
+            close(toys.logits(engine, PROMPT, DECODED), dense("relu"))
 
 
 class Broken(Predictor):

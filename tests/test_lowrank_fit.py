@@ -1,5 +1,7 @@
 """What training predictors is made of: closed form, thresholds, widths, and what a miss costs."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from pi2.lowrank.closed_form import (
     missed_share,
     threshold_for,
 )
+from pi2.lowrank.sharing import recall_levels, share_out
 from pi2.lowrank.widths import candidates, choose_widths, predictor_bytes
 from pi2.tensor import Tensor
 from pi2.testing.models import ffn_inputs
@@ -94,7 +97,7 @@ def test_what_a_missed_neuron_weighs_is_its_share_of_the_output(models, kind):
         assert np.array_equal(weights > 0, active_neurons(model, 1, x))
         for token, row in zip(x, weights, strict=True):
             active = np.flatnonzero(row)
-            assert row[active].mean() == pytest.approx(3, rel=1e-4)
+            assert row[active].mean() == pytest.approx(10, rel=1e-4)
             sizes = []
             for neuron in active:
                 out = np.empty((1, arch.d_model), np.float32)
@@ -103,7 +106,7 @@ def test_what_a_missed_neuron_weighs_is_its_share_of_the_output(models, kind):
                     engine.backend.place_ffn(model.bundles(1), spec_of(model)), token[None], out, ids
                 )
                 sizes.append(np.linalg.norm(out))
-            share = (row[active] / 3 - 0.1) / 0.9
+            share = (row[active] / 10 - 0.1) / 0.9
             assert np.allclose(share, sizes / np.mean(sizes), rtol=1e-3, atol=1e-3)
 
 
@@ -129,3 +132,29 @@ def test_a_neuron_that_makes_much_of_a_token_is_never_missed(rng, share):
     assert still_missed.max() <= share * (1 + 1e-5)
     for neuron in np.flatnonzero(always):
         assert (part[~named[:, neuron], neuron] > share * (1 - 1e-5)).any()  # for a reason
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.floats(0.5, 0.999), st.floats(0.5, 0.9999))
+def test_levels_of_recall_rise_and_miss_less_by_the_same_share(lowest, highest):
+    levels = np.array(recall_levels(lowest, highest))
+    assert levels[0] == lowest
+    assert (levels[1:] <= highest).all()
+    assert np.allclose((1 - levels[2:]) * 2, 1 - levels[:-2])
+
+
+@settings(deadline=None, max_examples=100)
+@given(generators, st.integers(1, 4), st.integers(1, 5), st.floats(-0.1, 1.1))
+def test_misses_are_shared_out_with_the_least_named(rng, layers, levels, share):
+    """Where each step of a layer gains less than the one before it, as here, no other choice names fewer."""
+    steps = -np.sort(-rng.uniform(0.1, 1, (layers, levels)), axis=1)
+    harm = 0.1 + np.flip(np.cumsum(np.flip(steps, axis=1), axis=1), axis=1)
+    named = np.cumsum(np.ones_like(harm), axis=1)
+    most = share * harm[:, 0].sum()
+    at = share_out(harm, named, most)
+    rows = np.arange(layers)
+    reached = harm[rows, at].sum()
+    assert reached <= most or (at == levels - 1).all()
+    for choice in itertools.product(range(levels), repeat=layers):
+        if harm[rows, choice].sum() <= most:
+            assert at.sum() <= sum(choice)

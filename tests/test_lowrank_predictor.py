@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowrank_files import install, random_predictors, right_predictors
+from lowrank_files import install, model_hash, random_predictors, right_predictors
+from pi2.activation_counts import ActivationCounts
 from pi2.activity import active_neurons
 from pi2.api import FfnSpec
 from pi2.builtin.lowrank_predictor import LowRankPredictor
@@ -18,6 +19,7 @@ from pi2.evaluate import evaluate
 from pi2.offload_options import OffloadOptions
 from pi2.plugins import Plugins
 from pi2.powers import SupportsOffload
+from pi2.statistics_file import STATISTICS, Statistics
 from pi2.testing.backend import call_ffn, same_bits
 from pi2.testing.models import ffn_inputs, toy_architecture, write_toy_model
 from pi2.testing.strategies import generators
@@ -125,6 +127,37 @@ def test_a_lower_shift_names_more(model, random_file, random_one):
     assert "thresholds -1" in lower.describe()
 
 
+def test_rare_neurons_have_thresholds_of_their_own(path, model, random_file, random_one, tmp_path):
+    options = {"file": random_file, "rare": "0.25"}
+    with pytest.raises(OptionError, match="no statistics") as refusal:
+        LowRankPredictor.open(options).attach(model, BACKEND)
+    assert "pi2 collect" in refusal.value.hint
+    counts = ActivationCounts.empty(model_hash(path), ARCH.n_layers, ARCH.n_neurons, sequence=8, batches=(1,))
+    active = np.zeros((20, 8, ARCH.n_neurons), np.bool_)
+    active[:, :, ::4] = True  # the others fire never
+    for layer in range(ARCH.n_layers):
+        counts.add(layer, active)
+    counts.finish_group("0" * 64, 20)
+    Statistics(counts).save(path / STATISTICS)
+    try:
+        careful = LowRankPredictor.open(options)
+        careful.attach(model, BACKEND)
+        less = LowRankPredictor.open({"file": random_file, "shift": "0.25"})
+        less.attach(model, BACKEND)
+    finally:
+        (path / STATISTICS).unlink()
+    assert "of rare neurons +0.25" in careful.describe()
+    x = ffn_inputs(ARCH, 1, np.random.default_rng(0))
+    for ffn in range(ARCH.n_layers):
+        usual, few = random_one.predict(ffn, x), less.predict(ffn, x)
+        assert len(few) < len(usual)
+        expected = np.union1d(usual[usual % 4 == 0], few[few % 4 != 0])
+        assert careful.predict(ffn, x).tolist() == expected.tolist()
+        named, sure = careful.rank(ffn, x)
+        assert named.tolist() == expected.tolist()
+        assert np.all(sure > 0)
+
+
 def test_a_layer_without_a_predictor_gets_all_neurons(path, model, tmp_path):
     made = random_predictors(path, ARCH)
     del made.layers[4]
@@ -157,7 +190,9 @@ def test_a_model_without_predictors_says_how_to_get_them(tmp_path):
     assert "pi2 train-predictor" in refusal.value.hint
 
 
-@pytest.mark.parametrize("options", [{"shift": "nan"}, {"max_loss": "-1"}, {"max_loss": "nan"}])
+@pytest.mark.parametrize(
+    "options", [{"shift": "nan"}, {"rare": "inf"}, {"max_loss": "-1"}, {"max_loss": "nan"}]
+)
 def test_options_that_cannot_be_are_refused(options):
     with pytest.raises(OptionError):
         LowRankPredictor.open(options)

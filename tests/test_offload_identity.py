@@ -7,6 +7,7 @@ import offload_models as toys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowrank_files import random_predictors
 from pi2 import ffns
 from pi2.errors import BudgetError, OptionError
 
@@ -80,11 +81,19 @@ def test_many_ranges_and_chunks_of_a_prompt_change_no_bit(monkeypatch, backend, 
 
 
 @pytest.mark.parametrize("backend", toys.BACKENDS)
-def test_a_lossy_predictor_loses_the_same_on_flash(backend):
-    with toys.engine("relu", backend=backend, predictor="lookahead:margin=0") as engine:
+@pytest.mark.parametrize("kind", ["lookahead:margin=0", "lowrank:max_loss=1,file="])
+@pytest.mark.parametrize("storage", [toys.STORAGES[0], toys.STORAGES[-1]])
+def test_a_lossy_predictor_loses_the_same_on_flash(tmp_path, backend, kind, storage):
+    if kind.endswith("="):
+        kind += str(tmp_path / "p")
+        random_predictors(toys.model("relu"), toys.ARCHITECTURES["relu"]).save(tmp_path / "p")
+    with toys.engine("relu", backend=backend, predictor=kind) as engine:
         expected = toys.logits(engine, tokens(1, 5), tokens(2, 12))
-    with toys.engine("relu", backend=backend, predictor="lookahead:margin=0", slots=180) as engine:
+    how = {"slots": 180, "prefetch": "off" if storage == "mmap" else "on"}
+    with toys.engine("relu", backend=backend, predictor=kind, storage=storage, **how) as engine:
         got = toys.logits(engine, tokens(1, 5), tokens(2, 12))
+        guesses = storage != "mmap" and kind.startswith("lowrank")
+        assert (engine.offloaded.take_count().guessed > 0) == guesses
     assert got.tobytes() == expected.tobytes()
     assert got.tobytes() != resident("relu", backend, 5, 12)
 

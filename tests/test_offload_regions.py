@@ -85,21 +85,49 @@ def test_look_ahead_guesses_and_counts_what_it_was_right_about():
         assert engine.offloaded.take_count().guessed == 0
 
 
+@pytest.mark.skipif(len(toys.STORAGES) < 2, reason="no storage here reads ahead")
+def test_look_ahead_is_tried_once_the_cache_is_full():
+    with toys.engine("wide", storage="ufs", slots=240) as engine:
+        toys.logits(engine, [1], [7] * 31)
+        assert engine.offloaded.take_count().guessed == 0
+        toys.logits(engine, [1], list(range(40)))
+        assert engine.offloaded.take_count().guessed > 0
+
+
 @pytest.mark.parametrize("pays", [True, False])
 def test_look_ahead_goes_on_only_if_tokens_with_it_take_less_time(monkeypatch, pays):
     """By a clock of this test: a token with guesses takes 1 or 3 seconds, one without takes 2."""
     clock = [0.0]
     monkeypatch.setattr("pi2.lookahead.time.perf_counter", lambda: clock[0])
     ahead = Lookahead(open_model(toys.model("relu"), MmapTier()), "auto")
-    predictor = toys.part("predictors", "exact")
     chosen = []
     for _ in range(200):
-        ahead.guess(predictor, 0, np.zeros((1, 64), np.float32))
+        ahead.next_token()
         chosen.append(ahead.on)
         clock[0] += (1 if pays else 3) if ahead.on else 2
     assert set(chosen[:32]) == {False}  # while the cache fills
     assert set(chosen[32:64]) == {True, False}  # tried both ways
     assert set(chosen[65:]) == {pays}
+
+
+@given(st.lists(st.floats(0, 9), min_size=1, max_size=60), st.lists(st.booleans(), max_size=30))
+def test_look_ahead_asks_for_the_surest_and_for_fewer_after_wrong_guesses(sure, tokens):
+    ahead = Lookahead(open_model(toys.model("relu"), MmapTier()), "on")
+    confidence = np.array(sure, np.float32)
+    neurons = np.arange(3, 3 + len(sure), dtype=np.int32)
+    before = len(ahead.surest(neurons, confidence))
+    for right in [*tokens, *[False] * 40]:
+        ahead.learn(100, 100 if right else 10)
+        ahead.next_token()
+        chosen = ahead.surest(neurons, confidence)
+        rest = np.setdiff1d(neurons, chosen)
+        assert np.all(np.diff(chosen) > 0)
+        assert len(chosen) > 0
+        assert not len(rest) or confidence[rest - 3].max() < confidence[chosen - 3].min()
+        assert len(chosen) >= before if right else len(chosen) <= before
+        before = len(chosen)
+    assert len(chosen) == np.count_nonzero(confidence == confidence.max())
+    assert ahead.surest(neurons, None).tolist() == neurons.tolist()
 
 
 def test_a_cache_smaller_than_a_token_wants_is_warned_about():

@@ -18,6 +18,7 @@ from pi2.tensor import DTYPES, F32, U8, DType, Ids, decode, encode, row_bytes
 
 SEGMENT_ALIGN = 16  # one NEON vector or 128-bit lane; rows of wide models come out 64-aligned anyway
 PAGE = 4096  # default logical block of the device
+LEAST_PAGE = 64  # packs bundles without gaps: reads are widened to blocks when they are made
 
 
 def _up(n: int, to: int) -> int:
@@ -144,7 +145,7 @@ class BundleGeometry:
             and down in DTYPES
             and type(biased) is bool
             and type(page) is int
-            and 512 <= page <= 1 << 20
+            and LEAST_PAGE <= page <= 1 << 20
             and page & (page - 1) == 0
         )
         if not ok:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pi2.api import Backend, Predictor
 from pi2.attention import AttentionSpec, attend
+from pi2.errors import Pi2Error
 from pi2.ffns import Ffns, ResidentFfns
 from pi2.inventory import dense_matrices, dense_vectors
 from pi2.kv_cache import KvCache, KvDType
@@ -60,21 +61,22 @@ class Decoder:
         self.observer: FfnObserver | None = None
         self.head: Callable[[F32], F32] | None = None
         """Makes logits (n, vocab) of final states (n, d) in place of the LM head, before scale and cap."""
+        self.attention_lost: Callable[[Pi2Error], None] | None = None
+        """Hears of a failure of ``attention``: raises it, or calls ``take_attention``."""
         self.predictor = predictor  # may be exchanged for another that is attached
         self._backend = backend
         self._attends = attention or backend
+        self._kv_dtype = kv_dtype(self._attends)
+        self._model = model
         matrices = dense_matrices(arch)
         self._rows = {name: rows for name, (rows, _) in matrices.items()}
         tables = [name for name in matrices if name.startswith("embed.")]
         self._tables = {name: None if model.by_rows(name) else model.matrix(name) for name in tables}
         self._read_rows = model.rows
-        self._fused = self._attends if isinstance(self._attends, SupportsAttention) else None
-        placed = [name for name in matrices if not name.startswith("embed.")]
-        if self._fused:
-            placed = [name for name in placed if ".attn." not in name]
         self._weights: dict[str, Any] = {
-            name: (self._attends if ".attn." in name else backend).place(model.matrix(name))
-            for name in placed
+            name: backend.place(model.matrix(name))
+            for name in matrices
+            if not name.startswith("embed.") and ".attn." not in name
         }
         table = self._tables["embed.weight"]
         if arch.tied and table is not None:  # by_rows wants it whole then
@@ -85,14 +87,29 @@ class Decoder:
         self._norms = {name.removesuffix(".weight"): self._norm(name) for name in weights}
         self._rope = RopeTable(arch.rope) if arch.rope else None
         self._local_rope = RopeTable(arch.local_rope) if arch.local_rope else self._rope
-        if self._fused:
-            specs = (self._attention_spec(model, layer) for layer in range(arch.n_layers))
-            self._attentions = [self._fused.place_attention(spec) for spec in specs]
+        self._place_attention()
         self.ffns = make_ffns() if make_ffns else ResidentFfns(model, backend)
+
+    def _place_attention(self) -> None:
+        """All blocks, to where attention is computed: fused, if it can and takes this KV cache."""
+        attends, arch = self._attends, self.arch
+        self._fused: SupportsAttention | None = None
+        if isinstance(attends, SupportsAttention) and attends.kv_dtype == self._kv_dtype:
+            self._fused = attends
+            specs = (self._attention_spec(layer) for layer in range(arch.n_layers))
+            self._attentions = [attends.place_attention(spec) for spec in specs]
+            return
+        names = (name for name in dense_matrices(arch) if ".attn." in name)
+        self._weights |= {name: attends.place(self._model.matrix(name)) for name in names}
+
+    def take_attention(self) -> None:
+        """From here on the main backend computes attention, too."""
+        self._attends, self._attentions = self._backend, []
+        self._place_attention()
 
     def new_cache(self, limit: int | None = None) -> KvCache:
         """An empty KV cache for ``limit`` tokens (None: the model's maximum), as the backend wants it."""
-        return KvCache(self.arch, limit, kv_dtype(self._attends))
+        return KvCache(self.arch, limit, self._kv_dtype)
 
     def forward(self, ids: TokenIds, cache: KvCache, *, all_logits: bool = False) -> F32:
         """Append ``ids`` (n,) to ``cache``; logits of the last token (vocab,), or of all (n, vocab)."""
@@ -145,6 +162,15 @@ class Decoder:
         return x + y
 
     def _attention_block(self, x: F32, layer: int, cache: KvCache, start: int) -> F32:
+        try:
+            return self._attend(x, layer, cache, start)
+        except Pi2Error as e:
+            if self.attention_lost is None or self._attends is self._backend:
+                raise
+            self.attention_lost(e)
+            return self._attend(x, layer, cache, start)
+
+    def _attend(self, x: F32, layer: int, cache: KvCache, start: int) -> F32:
         if self._fused is None:
             y = self._attention(self._before(x, layer, "attn"), layer, cache, start)
             return self._after(x, y, layer, "attn")
@@ -152,8 +178,8 @@ class Decoder:
         self._fused.attention(self._attentions[layer], x, *cache.layer(layer), start, out)
         return out
 
-    def _attention_spec(self, model: PiModel, layer: int) -> AttentionSpec:
-        arch, at = self.arch, f"layers.{layer}.attn"
+    def _attention_spec(self, layer: int) -> AttentionSpec:
+        model, arch, at = self._model, self.arch, f"layers.{layer}.attn"
         windowed, post = arch.has_window(layer), arch.norm_place == "post"
         norm = self._norms[f"{at}.norm"]
         parts: dict[str, Any] = {name: model.matrix(f"{at}.{name}.weight") for name in "qkvo"}

@@ -141,7 +141,10 @@ class Engine:
             return ffns
 
         attends = hybrid.accelerator if hybrid and hybrid.options.attention == "accelerator" else None
-        return Decoder(model, backend, predictor, make_ffns, attends)
+        decoder = Decoder(model, backend, predictor, make_ffns, attends)
+        if attends is not None and self.hybrid is not None:
+            decoder.attention_lost, self.hybrid.also = self.hybrid.lose, decoder.take_attention
+        return decoder
 
     def _trace(self, placed: Placed) -> TraceWriter | None:
         if self.offloaded is not None:

@@ -225,28 +225,6 @@ def evaluate(
     )  # fmt: skip
 
 
-def foresee(
-    decoder: Decoder,
-    predictor: Predictor,
-    sequences: NDArray[np.int64],
-    before: list[int],
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> Likelihood:
-    """How well the model foresees (n, tokens) ``sequences`` with ``predictor``, which is attached.
-
-    Each sequence stands behind ``before`` and is read one token at a time, as in :func:`evaluate`.
-    """
-    inner, found = decoder.predictor, Likelihood()
-    try:
-        decoder.predictor = predictor
-        for number, ids in enumerate(sequences, 1):
-            _read(decoder, np.concatenate((np.array(before, np.int64), ids)), found)
-            progress("measuring what is lost", number * len(ids), sequences.size)
-    finally:
-        decoder.predictor = inner
-    return found
-
-
 def _chosen(
     engine: Engine, paths: Sequence[Path], tokens: int, sequence: int, before: list[int]
 ) -> list[tuple[str, NDArray[np.int64]]]:

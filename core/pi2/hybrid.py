@@ -8,7 +8,7 @@ which of them are hot changes nothing but rounding.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class HybridOptions:
     prefill: str = "cpu"
     """Where the FFNs of many tokens are computed, dense: "cpu" or "accelerator"."""
     lost: str = "stop"
-    """What happens if the accelerator fails with hot clusters: "stop", or go on on the "cpu", said aloud."""
+    """What happens if the accelerator fails: "stop", or go on on the "cpu" alone, said aloud."""
     trace: Path | None = None
     """File to write what both halves did to, for Perfetto."""
 
@@ -139,6 +139,10 @@ class HybridFfns:
         """Neurons of each FFN that can be hot."""
         self.notes: list[str] = []
         """What the user should know."""
+        self.lost = False
+        """The accelerator failed, and the CPU computes everything since."""
+        self.also: Callable[[], None] | None = None
+        """Takes from the accelerator what else it computes, when it is lost."""
         self._accelerator, self._placed = accelerator, placed
         native = isinstance(accelerator, SupportsAsyncFfn)
         self._power: SupportsAsyncFfn = (
@@ -184,7 +188,7 @@ class HybridFfns:
         try:
             ticket = self._power.begin_ffn(self._placed[ffn], x, count)
         except Pi2Error as e:
-            self._lose(e)
+            self.lose(e)
             return self.sparse(ffn, x, predictor, out)
         part = np.empty_like(out)
         try:
@@ -196,7 +200,7 @@ class HybridFfns:
         try:
             done = self._power.finish_ffn(ticket, out)
         except Pi2Error as e:
-            self._lose(e)
+            self.lose(e)
             return self.sparse(ffn, x, predictor, out)
         out += part
         self._note(ffn, count, done, begin, waiting)
@@ -211,21 +215,23 @@ class HybridFfns:
                 ticket = self._power.begin_ffn(self._placed[ffn], x, self._neurons)
                 done = self._power.finish_ffn(ticket, out)
             except Pi2Error as e:
-                self._lose(e)
+                self.lose(e)
                 return self.cold.dense(ffn, chunks)
             active += done.active
             self._span(ffn, Stage.HOT, self._neurons, done.start, done.end)
             self._note_graphs(ffn, self._neurons, done)
         return active
 
-    def _lose(self, error: Pi2Error) -> None:
-        """The accelerator failed: go on without it if that was asked for."""
+    def lose(self, error: Pi2Error) -> None:
+        """The accelerator failed: go on without it if that was asked for, else raise ``error``."""
         if self.options.lost != "cpu":
             raise error
         self.notes.append(f"{error}: the CPU computes everything from here on")
-        self.share, self.capacity, self._dense_here = 0.0, 0, False
+        self.lost, self.share, self.capacity, self._dense_here = True, 0.0, 0, False
         for ffn in range(len(self._placed)):
             self.hot.resize(ffn, 0)
+        if self.also is not None:
+            self.also()
 
     def _note(self, ffn: int, count: int, done: FfnDone, begin: float, waiting: float) -> None:
         total = self.count

@@ -128,8 +128,8 @@ class Placed:
             "neurons": len(self.hot.orders[0]),
             "clusters_by": "statistics" if self.by_statistics else "number of the neuron",
             "accelerator_bytes": self.nbytes,
-            "attention": options.attention,
-            "prefill": options.prefill,
+            "attention": "cpu" if ffns.lost else options.attention,
+            "prefill": "cpu" if ffns.lost else options.prefill,
             "lm_head": "cpu",
             "predictor": "cpu",
             "decode_s": {

@@ -121,10 +121,13 @@ class OffloadedFfns:
                 self._forget_guess()
             if ffn == 0:
                 self.fit(1)
+                self.lookahead.next_token()
             slots = self.cache.acquire(ffn, neurons)
             self._count(ffn, neurons, slots)
             arriving = self.lookahead.pending
-            self._guess_next(ffn, x, slots)
+            if self.lookahead.on:
+                self._start_reading(ffn, neurons, slots)
+                self._guess_next(ffn, x, slots)
             count = self.pipeline.ffn(self.places[ffn], neurons, slots, x, out)
             if arriving:
                 self._settle(*arriving)
@@ -150,16 +153,28 @@ class OffloadedFfns:
         total.wanted += len(neurons)
         total.present += int(np.count_nonzero(self.cache.states[slots] == SlotState.PRESENT))
         if self.lookahead.pending:
+            guessed = self.lookahead.pending[1]
             self._named[neurons] = True
-            total.useful += int(np.count_nonzero(self._named[self.lookahead.pending[1]]))
+            useful = int(np.count_nonzero(self._named[guessed]))
             self._named[neurons] = False
+            total.useful += useful
+            self.lookahead.learn(len(guessed), useful)
+
+    def _start_reading(self, ffn: int, neurons: Ids, slots: Ids) -> None:
+        """Nobody waits for the guess of what comes next: what is missing now is read meanwhile."""
+        if not self.two_phase and self.options.bundled:
+            missing = self.cache.states[slots] == SlotState.EMPTY
+            self.pipeline.prefetch(self.places[ffn], neurons[missing], slots[missing])
 
     def _guess_next(self, ffn: int, x: F32, slots: Ids) -> None:
         """Start to read what FFN ``ffn + 1`` will probably want and does not have."""
         self.lookahead.pending = None
-        likely = self.lookahead.guess(self._predictor, ffn, x)
-        if likely is None or len(likely) + len(slots) > self.cache.capacity:
+        guess = self.lookahead.guess(self._predictor, ffn, x)
+        if guess is None or len(guess[0]) + len(slots) > self.cache.capacity:
             return
+        likely, sure = guess
+        absent = self.cache.slots(ffn + 1, likely) < 0
+        likely = self.lookahead.surest(likely[absent], None if sure is None else sure[absent])
         neurons, where = self.cache.admit(ffn + 1, likely, slots)
         self.lookahead.pending = ffn + 1, neurons
         self.pipeline.prefetch(self.places[ffn + 1], neurons, where)

@@ -100,7 +100,7 @@ def open_ffns(
     least, most = room.slots(offload.most), room.slots(1)
     notes: list[str] = []
     spare = least - arch.n_neurons
-    hot_slots = spare * 3 // 4 if options.hot is None else int(options.hot * arch.n_layers * arch.n_neurons)
+    hot_slots = spare * 9 // 10 if options.hot is None else int(options.hot * arch.n_layers * arch.n_neurons)
     hot = hot_neurons(model, min(spare, hot_slots), notes, options.keep == "even")
     cache = NeuronCache(arch.n_layers, arch.n_neurons, g.stride, most, offload.policy)
     ffns = OffloadedFfns(model, backend, tier, predictor, cache, options, room, offload.dense)

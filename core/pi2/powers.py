@@ -238,6 +238,15 @@ class SupportsStorageAbi(Protocol):
 
 
 @runtime_checkable
+class SupportsConfidence(Protocol):
+    """Optional power of a predictor that knows which of its answers are sure."""
+
+    def rank(self, ffn: int, x: F32) -> tuple[Ids, F32] | None:
+        """``Predictor.predict`` of one token, x (1, d), and how sure each is: more is surer."""
+        ...
+
+
+@runtime_checkable
 class SupportsFootprint(Protocol):
     """Optional power of a predictor that holds weights of its own for an FFN."""
 

@@ -1,6 +1,6 @@
 """Makes the 7B-shaped sparse model of the benchmarks, and a GGUF of the same weights for llama.cpp.
 
-PYTHONPATH=tests python tests/benchmarks/make_model.py DIRECTORY [--page 512] [--no-gguf] [--check]
+PYTHONPATH=tests python tests/benchmarks/make_model.py DIRECTORY [--page 4096] [--no-gguf] [--check]
 
 Writes DIRECTORY/model (pi2, q4_0, ReLU, with predictor and statistics) and DIRECTORY/model.gguf.  The
 weights are random, yet the model is sparse like a real one: see ``sparse_source.py`` for how, and
@@ -38,7 +38,7 @@ def make(
     directory: Path,
     shape: Shape,
     *,
-    page: int = 4096,
+    page: int = 64,
     with_gguf: bool = True,
     margin: float = 0.0,
     collect: int = 0,
@@ -92,7 +92,7 @@ def _options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("directory", type=Path, nargs="?", default=CACHE)
-    parser.add_argument("--page", type=int, default=4096, help="512: bundles lie 7168 bytes apart")
+    parser.add_argument("--page", type=int, default=64, help="bundles take whole multiples: 4096 makes 8192")
     parser.add_argument("--no-gguf", action="store_true")
     parser.add_argument("--margin", type=float, default=0.3, help="of the predictor, in deviations of a gate")
     parser.add_argument("--collect", type=int, default=1024, help="tokens for the statistics; 0: none")

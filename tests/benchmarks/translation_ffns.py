@@ -153,7 +153,7 @@ def train(view: FfnView, text: Sentences, recall: float) -> list[FfnPredictor]:
 def calibrate(view: FfnView, text: Sentences, made: list[FfnPredictor], recall: float) -> list[FfnPredictor]:
     parts = [text.part(ffn, True) for ffn in range(len(LAYERS))]
     return [
-        calibrated(p, scores(p, x), labels(view, ffn, x), Weigher(view, ffn)(x), recall)
+        calibrated(p, scores(p, x), labels(view, ffn, x), Weigher(view, ffn)(x), recall)[0]
         for ffn, (p, x) in enumerate(zip(made, parts, strict=True))
     ]
 

@@ -6,12 +6,16 @@ import math
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pi2.api import Backend, ModelView, Predictor, Probe
 from pi2.container.predictors import PREDICTORS, FfnPredictor, Predictors, model_predictors
 from pi2.errors import OptionError
+from pi2.statistics_file import STATISTICS, Statistics
 from pi2.tensor import F32, Ids
 
+_RARE = 0.5
+"""Of the mean frequency of all neurons: one that fires less often is rare."""
 MAX_LOSS = 0.01
 """How much perplexity a lossy predictor may cost unasked: a share, as its training measured it."""
 
@@ -19,8 +23,10 @@ MAX_LOSS = 0.01
 class PlacedPredictor:
     """The predictor of one FFN on a backend."""
 
-    def __init__(self, backend: Backend, layer: FfnPredictor, shift: float = 0.0) -> None:
-        self.bound: F32 = np.float32(layer.threshold) + np.float32(shift) - layer.fc2_bias
+    def __init__(self, backend: Backend, layer: FfnPredictor, shift: F32 | None = None) -> None:
+        self.bound: F32 = np.float32(layer.threshold) - layer.fc2_bias
+        if shift is not None:
+            self.bound = self.bound + shift
         """(neurons,): what ``scores`` of a neuron must exceed for it to be named."""
         self._backend, self._bias = backend, layer.fc1_bias
         self.width, self.nbytes, self._neurons = layer.width, layer.nbytes, layer.fc2.rows
@@ -47,19 +53,25 @@ class LowRankPredictor(Predictor):
 
     Both products are the backend's.  Lossy: active neurons that it does not name are missed.  It refuses
     predictors that lost more than ``max_loss`` of perplexity when they were trained (a share: 0.01 is 1 %).
-    ``shift`` is added to every threshold: below zero names more.  ``file`` takes the predictors from there
+    ``shift`` is added to every threshold: below zero names more.  ``rare`` is added to those of neurons that
+    fire less than half as often as all do on average, by the model's statistics: of weights on flash, these
+    are the ones that have to be read, so a false alarm costs more.  ``file`` takes the predictors from there
     instead of from the model.  Layers without a predictor get all their neurons.
     """
 
     name = "lowrank"
     lossless = False
 
-    def __init__(self, shift: float = 0.0, max_loss: float = MAX_LOSS, file: str | None = None) -> None:
-        if not np.isfinite(shift):
-            raise OptionError(f"shift is {shift}, but is added to thresholds", hint="-1 names more, 1 fewer")
+    def __init__(
+        self, shift: float = 0.0, max_loss: float = MAX_LOSS, file: str | None = None, rare: float = 0.0
+    ) -> None:
+        for name, value in (("shift", shift), ("rare", rare)):
+            if not np.isfinite(value):
+                says = f"{name} is {value}, but is added to thresholds"
+                raise OptionError(says, hint="-1 names more, 1 fewer")
         if not max_loss >= 0:  # not a NaN either
             raise OptionError(f"max_loss is {max_loss}, but is a share", hint="0.01 allows 1 %")
-        self._shift, self._max_loss = shift, max_loss
+        self._shift, self._rare, self._max_loss = shift, rare, max_loss
         self._file = None if file is None else Path(file).expanduser()
         self._placed: dict[int, PlacedPredictor] = {}
         self._about = ""
@@ -69,12 +81,13 @@ class LowRankPredictor(Predictor):
         return Probe(1, "two trained layers an FFN, lossy; needs pi2 train-predictor")
 
     def describe(self) -> str:
-        return f"lowrank{self._about}" + (f", thresholds {self._shift:+g}" if self._shift else "")
+        shifts = f", thresholds {self._shift:+g}" if self._shift else ""
+        return f"lowrank{self._about}{shifts}" + (f", of rare neurons {self._rare:+g}" if self._rare else "")
 
     def attach(self, model: ModelView, backend: Backend) -> None:
         found = model_predictors(model.path, model.architecture, self._file)
         self._check_loss(found)
-        self.use(found, backend)
+        self.use(found, backend, self._rare_neurons(model, found) if self._rare else None)
 
     def offloaded_bytes(self, model: ModelView) -> int:
         """Of all predictors (powers.SupportsOffload): they stay in memory."""
@@ -85,10 +98,14 @@ class LowRankPredictor(Predictor):
         """The same as ``attach`` (powers.SupportsOffload)."""
         self.attach(model, backend)
 
-    def use(self, found: Predictors, backend: Backend) -> None:
-        """Ask these predictors, whatever they lose."""
+    def use(self, found: Predictors, backend: Backend, rare: NDArray[np.bool_] | None = None) -> None:
+        """Ask these predictors, whatever they lose; ``rare`` (FFNs, neurons) by the model's statistics."""
         self.close()
-        self._placed = {n: PlacedPredictor(backend, layer, self._shift) for n, layer in found.layers.items()}
+        for ffn, layer in found.layers.items():
+            shift = np.full(layer.fc2.rows, self._shift, np.float32)
+            if rare is not None:
+                shift[rare[ffn]] += np.float32(self._rare)
+            self._placed[ffn] = PlacedPredictor(backend, layer, shift)
         self._about = _figures(found)
 
     def predict(self, ffn: int, x: F32) -> Ids | None:
@@ -99,6 +116,15 @@ class LowRankPredictor(Predictor):
         union = likely[0] if len(x) == 1 else likely.any(axis=0)
         return np.flatnonzero(union).astype(np.int32)
 
+    def rank(self, ffn: int, x: F32) -> tuple[Ids, F32] | None:
+        """How far above their thresholds they are (powers.SupportsConfidence)."""
+        placed = self._placed.get(ffn)
+        if placed is None:
+            return None
+        above = (placed.scores(x) - placed.bound)[0]
+        named = np.flatnonzero(~(above <= 0)).astype(np.int32)
+        return named, above[named]
+
     def footprint(self, ffn: int) -> tuple[int, int]:
         placed = self._placed.get(ffn)
         return (0, 0) if placed is None else (placed.width, placed.nbytes)
@@ -107,6 +133,18 @@ class LowRankPredictor(Predictor):
         for placed in self._placed.values():
             placed.release()
         self._placed = {}
+
+    def _rare_neurons(self, model: ModelView, found: Predictors) -> NDArray[np.bool_]:
+        """(FFNs, neurons).  Raises OptionError, FormatError."""
+        counts = Statistics.of_file(model.path / STATISTICS, found.model).counts
+        if counts is None:
+            raise OptionError(
+                "which neurons are rare is not known: this model has no statistics",
+                hint=f"pi2 collect {model.path} TEXT... counts them",
+            )
+        active = counts.counts[:, 0]
+        is_rare: NDArray[np.bool_] = active < _RARE * active.mean()
+        return is_rare
 
     def _check_loss(self, found: Predictors) -> None:
         if found.loss is not None and found.loss > self._max_loss:

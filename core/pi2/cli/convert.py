@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from pi2.bundle import PAGE
 from pi2.cli.options import installed_plugins, load_source
 from pi2.cli.output import human_bytes, say
 from pi2.cli.progress import progress_bar
@@ -21,6 +22,13 @@ Quant = Annotated[str, typer.Option("--quant", help=f"Format of the weights: {_F
 QuantEmbed = Annotated[str | None, typer.Option("--quant-embed", help="Of embedding and head, if different.")]
 QuantAttention = Annotated[str | None, typer.Option("--quant-attention", help="Of attention, if different.")]
 QuantDown = Annotated[str | None, typer.Option("--quant-down", help="Of down columns, if different.")]
+Page = Annotated[
+    int,
+    typer.Option(
+        "--page",
+        help="Bytes of which bundles take whole multiples: the flash's block; 64 packs them, to save memory.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace DST if it is a pi2 model.")]
 
 
@@ -31,6 +39,7 @@ def command(
     quant_embed: QuantEmbed = None,
     quant_attention: QuantAttention = None,
     quant_down: QuantDown = None,
+    page: Page = PAGE,
     force: Force = False,
 ) -> None:
     """Convert a model.
@@ -48,7 +57,7 @@ def command(
     model = load_source(source, installed_plugins())
     start = time.perf_counter()
     with progress_bar(human_bytes) as progress:
-        path = convert(model, destination, plan, progress, overwrite=force)
+        path = convert(model, destination, plan, progress, overwrite=force, page=page)
     manifest = read_manifest(path)
     total = sum(entry.nbytes for entry in manifest.files.values())
     for note in manifest.notes:

@@ -30,7 +30,9 @@ Width = Annotated[
 Budget = Annotated[float, typer.Option("--budget", help="Of all predictors, as a share of the weights.")]
 MaxLoss = Annotated[
     float,
-    typer.Option("--max-loss", help="Miss fewer neurons until the perplexity rises by less than this share."),
+    typer.Option(
+        "--max-loss", help="Miss fewer neurons until divergence costs less than this share of perplexity."
+    ),
 ]
 Quant = Annotated[str, typer.Option("--quant", help="Format of the weights: q4_0, q8_0, f16 or f32.")]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same predictors.")]
@@ -140,7 +142,7 @@ def _run(training: Training, imported: dict[int, FfnPredictor] | None) -> Predic
     else:
         with progress_bar(lambda n: f"{n} steps") as progress:
             training.train(progress)
-    with progress_bar(lambda n: f"{n} tokens") as progress:
+    with progress_bar(lambda n: f"{n} readings") as progress:
         return training.measure(progress)
 
 
@@ -216,6 +218,6 @@ def _say_loss(found: Predictors, max_loss: float) -> None:
     """What they cost, on held-out text, and whether that is as wanted."""
     if found.loss is None:
         return
-    say(f"lossy: perplexity {found.loss:+.3%} on text that was not trained on")
+    say(f"lossy: perplexity {found.loss:+.3%}, by divergence on text that was not trained on")
     if found.loss > max_loss:
         say(f"warning: that is more than --max-loss {max_loss:g}, at the highest recall that was tried")

@@ -13,7 +13,7 @@ their format.  A layer without tensors has no predictor: all its neurons are ask
     format     "pi2 predictors 1"
     model      SHA-256 of the ``neurons.safetensors`` that the predictors were made for
     sha256     of everything behind the header
-    measured   JSON: {"loss": share by which the perplexity rose, or null,
+    measured   JSON: {"loss": share by which the perplexity rises, e^KL - 1, or null,
                "layers": {"N": [density, predicted density, recall]}}, on text not trained on
     training   JSON: texts that say how they were made
 """
@@ -89,7 +89,9 @@ class Predictors:
     """SHA-256 of the model's ``neurons.safetensors``."""
     layers: dict[int, FfnPredictor]
     loss: float | None = None
-    """By how much the perplexity rose on held-out text, as a share; None if that was not measured."""
+    """By how much the perplexity rises on held-out text, as a share: e^KL - 1 of the mean divergence KL from
+    the dense model, of which a difference of perplexities is a noisy estimate.  None if not measured.
+    """
     training: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -23,7 +23,7 @@ _PROBIT = 1.7  # a normal distribution function is nearly the logistic function 
 _LEAST_RESIDUAL = 0.05  # of a gate's deviation: no guess is taken for surer
 _LEAST_VARIANCE = 1e-5  # of the mean variance of the inputs: directions below it hold only noise
 _LABELLED_AT_ONCE = 1024  # tokens
-_MISS = 3.0  # how much worse it is to miss an active neuron of average size than to name an idle one
+_MISS = 10.0  # how much worse it is to miss an active neuron of average size than to name an idle one
 _ALIKE = 0.1  # share of that which does not depend on the neuron's size
 _SPOILS = 0.05  # of the squared output of an FFN for a token: no single neuron that makes more is missed
 _ALWAYS = 1e30  # a bias that no score undoes
@@ -155,12 +155,15 @@ def threshold_for(scores: F32, active: Active, recall: float) -> float:
     return float(np.nextafter(lowest_named, np.float32(-np.inf)))
 
 
-def calibrated(layer: FfnPredictor, scores: F32, active: Active, weights: F32, recall: float) -> FfnPredictor:
+def calibrated(
+    layer: FfnPredictor, scores: F32, active: Active, weights: F32, recall: float
+) -> tuple[FfnPredictor, float]:
     """With the threshold for this recall, and a bias that names neurons always whose miss spoils a token.
 
     These are few, but a model may lean on one: without the huge output of a first token, which attention
     rests on, all tokens behind it suffer.  ``scores`` and ``weights`` (see ``Weigher``) are of as many tokens
     as ``active`` and maybe of others behind them, which count for that alone.
+    Also the share of the squared ``weights`` that is missed of ``active``'s tokens.
     """
     threshold = threshold_for(scores[: len(active)], active, recall)
     always = costly_misses(weights, scores > np.float32(threshold), _SPOILS)
@@ -168,7 +171,9 @@ def calibrated(layer: FfnPredictor, scores: F32, active: Active, weights: F32, r
     named = (scores[: len(active)] > np.float32(threshold)) | always
     hits = float((named & active).sum() / active.sum()) if active.any() else 1.0
     figures = Measured(float(active.mean()), float(named.mean()), hits)
-    return replace(layer, fc2_bias=bias, threshold=threshold, measured=figures)
+    energy = np.square(weights[: len(active)], dtype=np.float64)
+    missed = float(energy[~named].sum() / max(energy.sum(), 1e-30))
+    return replace(layer, fc2_bias=bias, threshold=threshold, measured=figures), missed
 
 
 def density_at(scores: F32, active: Active, recall: float) -> float:

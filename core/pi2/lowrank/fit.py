@@ -25,7 +25,7 @@ class FitSettings:
 
     steps: int = 150
     batch: int = 512
-    rate: float = 3e-3
+    rate: float = 6e-3
     judge_every: int = 50
     patience: float = 0.005
     """Stop when that many steps improved the judgement by a smaller share."""

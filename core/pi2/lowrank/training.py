@@ -16,15 +16,15 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 import pi2
-from pi2.builtin.exact_predictor import ExactPredictor
-from pi2.builtin.lowrank_predictor import LowRankPredictor, PlacedPredictor
+from pi2.allocation import bounded
+from pi2.builtin.lowrank_predictor import PlacedPredictor
 from pi2.container.layout import NEURONS
 from pi2.container.predictors import FfnPredictor, Predictors
 from pi2.engine import Engine
 from pi2.errors import FormatError, OptionError, StorageError
-from pi2.evaluate import Likelihood, foresee
 from pi2.lowrank.closed_form import (
     ClosedForm,
     Layers,
@@ -36,11 +36,13 @@ from pi2.lowrank.closed_form import (
     missed_share,
 )
 from pi2.lowrank.inputs import Corpus, Inputs, Progress, read_corpus
+from pi2.lowrank.sharing import Comparison, recall_levels, share_out
 from pi2.lowrank.widths import BUDGET, candidates, choose_widths, predictor_bytes
 from pi2.tensor import F32, DType, Tensor
 from pi2.thresholds import CALIBRATE_HINT
 
-_LOSS_TOKENS = 2048  # held out, read one by one for the perplexity
+_LOSS_TOKENS, _PROBE_TOKENS = 2048, 512  # held out: for the loss, and for what one layer does to it
+_CAUTIOUS = 0.9  # of what is expected to be just allowed
 _HIGHEST_RECALL = 0.9995
 
 
@@ -52,7 +54,7 @@ class TrainSettings:
     recall: float = 0.97
     """Share of the active neurons that each layer's threshold must name on held-out text, at least."""
     max_loss: float | None = 0.001
-    """Raise the recall until the perplexity rises by less than this share; None does not measure it."""
+    """Raise recalls until the perplexity rises by less than this share; None does not measure it."""
     width: int | None = None
     budget: float = BUDGET
     dtype: DType = "q4_0"
@@ -88,7 +90,6 @@ class Training:
         predictor_bytes(settings.width or 32, self._arch.d_model, 1, settings.dtype)  # refuses odd widths
         self.corpus: Corpus = read_corpus(engine, paths, settings.tokens)
         self._layers: dict[int, FfnPredictor] = {}
-        self._dense: Likelihood | None = None
         self._lock = -1
 
     def __enter__(self) -> Self:
@@ -127,19 +128,47 @@ class Training:
         self._layers = dict(layers)
 
     def measure(self, progress: Progress) -> Predictors:
-        """Set the thresholds and measure what is lost with them; progress in tokens.
+        """Set the thresholds and measure what is lost with them; progress in readings of the model.
 
-        As long as more than ``max_loss`` is lost, twice as few active neurons are missed.
+        Every layer has the recall that was asked for, at least.  As long as more than ``max_loss`` is lost,
+        those layers miss fewer whose misses do the most harm for what they save (see ``sharing``).
         """
-        recall, found = self.settings.recall, self._calibrated(self.settings.recall)
-        while self.settings.max_loss is not None:
-            found.loss = self._loss(found, progress)
-            if found.loss <= self.settings.max_loss or (1 - recall) / 2 < 1 - _HIGHEST_RECALL:
-                break
-            recall = 1 - (1 - recall) / 2
-            found = self._calibrated(recall)
-        found.training["recall"] = f"{recall:g}"
-        return found
+        s = self.settings
+        if s.max_loss is None:
+            return self._found({n: self._calibrated_layer(n, [s.recall])[0][0] for n in self._layers})
+        levels = {
+            n: self._calibrated_layer(n, recall_levels(s.recall, _HIGHEST_RECALL)) for n in self._layers
+        }
+        named = np.array([[_named(layer) for layer, _ in found] for found in levels.values()])
+        missed = np.array([[share for _, share in found] for found in levels.values()])
+        harm = missed * self._sensitivities({n: found[0] for n, found in levels.items()}, progress)[:, None]
+        sequences = self.corpus.sequences[self.corpus.held_out]
+        judge = Comparison(self._engine, self.corpus, sequences[: max(1, _LOSS_TOKENS // sequences.shape[1])])
+        most, rows, readings = float("inf"), np.arange(len(harm)), 0
+        while True:
+            at = share_out(harm, named, most)
+            found = self._found(
+                {n: levels[n][level][0] for n, level in zip(levels, at.tolist(), strict=True)}
+            )
+            found.loss = float(np.expm1(judge.nats(found.layers)))
+            readings += 1
+            progress("measuring what is lost", readings, readings)
+            if not found.loss > s.max_loss or (at == harm.shape[1] - 1).all():
+                return found
+            expected = harm[rows, at].sum()
+            most = expected * _CAUTIOUS * min(s.max_loss / found.loss, 1) if expected > 0 else -1.0
+
+    def _sensitivities(
+        self, found: Mapping[int, tuple[FfnPredictor, float]], progress: Progress
+    ) -> NDArray[np.float64]:
+        """(layers,): nats of divergence for all of a layer's energy, from what each misses at its level."""
+        held = self.corpus.sequences[self.corpus.held_out]
+        few = Comparison(self._engine, self.corpus, held[: max(1, _PROBE_TOKENS // held.shape[1])])
+        nats = []
+        for number, (n, (layer, missed)) in enumerate(found.items(), 1):
+            nats.append(few.nats({n: layer}) / missed if missed > 0 else np.nan)
+            progress(f"sensitivity of layer {n}", number, len(found))
+        return bounded(np.array(nats))
 
     def _choose_widths(self, progress: Progress) -> list[int]:
         n, s, d, neurons = self._arch.n_layers, self.settings, self._arch.d_model, self._arch.n_neurons
@@ -190,35 +219,19 @@ class Training:
         except (FormatError, OSError, KeyError):
             return None  # not there, or torn: it is trained again
 
-    def _calibrated(self, recall: float) -> Predictors:
-        """With thresholds for this recall, by what the backend computes on held-out inputs."""
-        layers = {number: self._calibrated_layer(number, recall) for number in self._layers}
+    def _found(self, layers: dict[int, FfnPredictor]) -> Predictors:
         return Predictors(self._hash, layers, None, {k: str(v) for k, v in self._state().items()})
 
-    def _calibrated_layer(self, number: int, recall: float) -> FfnPredictor:
-        """With the threshold for this recall, by what the backend computes."""
+    def _calibrated_layer(self, number: int, recalls: Sequence[float]) -> list[tuple[FfnPredictor, float]]:
+        """With the threshold for each recall, by what the backend computes, and the energy that it misses."""
         layer, (x, held) = self._layers[number], self._inputs.layer(number)
         active = labels(self._model, number, held)
         judged = np.concatenate((held, x[:: self.corpus.sequences.shape[1]]))  # and what begins a sequence
         placed = PlacedPredictor(self._engine.backend, layer)
         scores = placed.scores(judged) + layer.fc2_bias
         placed.release()
-        return calibrated(layer, scores, active, Weigher(self._model, number)(judged), recall)
-
-    def _loss(self, found: Predictors, progress: Progress) -> float:
-        predictor = LowRankPredictor()
-        predictor.use(found, self._engine.backend)
-        sequences = self.corpus.sequences[self.corpus.held_out]
-        sequences = sequences[: max(1, _LOSS_TOKENS // sequences.shape[1])]
-        decoder, before = self._engine.decoder, self.corpus.opening
-        self._dense = self._dense or foresee(decoder, ExactPredictor(), sequences, before, progress)
-        try:
-            return (
-                foresee(decoder, predictor, sequences, before, progress).perplexity / self._dense.perplexity
-                - 1
-            )
-        finally:
-            predictor.close()
+        weights = Weigher(self._model, number)(judged)
+        return [calibrated(layer, scores, active, weights, recall) for recall in recalls]
 
     @property
     def _hash(self) -> str:
@@ -240,6 +253,11 @@ class Training:
             "seed": s.seed,
             "steps": s.steps,
         }
+
+
+def _named(layer: FfnPredictor) -> float:
+    assert layer.measured is not None
+    return layer.measured.predicted_density
 
 
 def _stored(layers: Layers, dtype: DType) -> FfnPredictor:

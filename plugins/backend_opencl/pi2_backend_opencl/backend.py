@@ -16,6 +16,7 @@ from pi2.tensor import F32, U8, Ids, Tensor
 from pi2_backend_opencl import attention, matrix, neurons, plans, trials
 from pi2_backend_opencl.caps import load_profile, resolve
 from pi2_backend_opencl.device import choose_device, device_errors, find_devices
+from pi2_backend_opencl.waiting import DEADLINE_S
 
 _ACCELERATOR, _ON_CPU = 200, 5  # a CPU's OpenCL stays below its native kernels, and below NumPy
 _EXACT, _ROUNDED = 1e-5, 0.012
@@ -28,7 +29,8 @@ class OpenclBackend(Backend):
     ``device``: part of a device's or driver's name.  ``profile``: build the kernels as for another device
     (adreno730, adreno830, minimal, or a JSON file) and emulate what this one lacks.  ``activations``
     "int8": one token meets quantised weights as bytes, by dot products of bytes; "f32": exact.
-    ``cache``: where compiled kernels are kept ("" keeps none).
+    ``cache``: where compiled kernels are kept ("" keeps none).  ``deadline``: seconds that the device has
+    for one answer, at most an FFN of 256 tokens or an attention block; then it counts as lost.
     """
 
     name = "opencl"
@@ -50,9 +52,12 @@ class OpenclBackend(Backend):
         profile: str | None = None,
         activations: str = "f32",
         cache: str | None = None,
+        deadline: float = DEADLINE_S,
     ) -> None:
         if activations not in ("int8", "f32"):
             raise OptionError(f"activations are int8 or f32, not {activations!r}")
+        if not deadline > 0:
+            raise OptionError(f"a deadline of {deadline:g} s cannot be kept", hint="use deadline=60")
         wanted = load_profile(profile) if profile else None
         found = choose_device(device)
         folder = Path.home() / _CACHE if cache is None else Path(cache) if cache else None
@@ -61,7 +66,7 @@ class OpenclBackend(Backend):
         self.kv_dtype: KvDType = np.float16 if self._integers else np.float32
         if self._integers:
             self.tolerance = _ROUNDED  # type: ignore[misc]  # of this one
-        self._device, self._remarks = trials.first_that_works(found, variant, folder)
+        self._device, self._remarks = trials.first_that_works(found, variant, folder, deadline)
         self._profile, self._activations = profile, activations
 
     def describe(self) -> str:

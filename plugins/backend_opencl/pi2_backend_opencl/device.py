@@ -18,6 +18,7 @@ from pi2.tensor import U8
 from pi2_backend_opencl.caps import Caps, Variant, from_device
 from pi2_backend_opencl.programs import Programs
 from pi2_backend_opencl.vendors import Vendor, vendor_of
+from pi2_backend_opencl.waiting import DEADLINE_S, Waiting, never_free
 
 _FLAGS = cl.mem_flags
 _WORDS = cl.ImageFormat(cl.channel_order.RGBA, cl.channel_type.UNSIGNED_INT32)
@@ -134,7 +135,10 @@ class Work(Protocol):
 class Device:
     """Context, queue, programs and scratch of one device.  Serves one call at a time."""
 
-    def __init__(self, found: Found, variant: Variant, cache: Path | None) -> None:
+    def __init__(
+        self, found: Found, variant: Variant, cache: Path | None, deadline: float = DEADLINE_S
+    ) -> None:
+        """``cache``: where kernels are kept; ``deadline``: seconds after which the device counts as lost."""
         self.name, self.caps, self.variant = found.name, found.caps, variant
         self._cl_device = found.device
         self.vendor = self._memory = vendor_of(found.device)
@@ -145,11 +149,12 @@ class Device:
             self.queue = cl.CommandQueue(
                 self._context, properties=cl.command_queue_properties.PROFILING_ENABLE
             )
+        self._waiting = Waiting(self.name, deadline)
         self.programs = Programs(self._context, found.device, cache)
         self._scratch: dict[str, Any] = {}
         self._lasting: dict[tuple[str, int], Any] = {}
         self.sent: list[Any] = []
-        """Events of what was sent since the last ``fetch``; they hold the arrays."""
+        """Events of what is on its way since the last ``settle``; they hold the arrays."""
         self._images: dict[int, Any] = {}
         self.nothing = cl.Buffer(self._context, _FLAGS.READ_WRITE, 64)
         """Stands for a buffer that a kernel does not look at."""
@@ -159,11 +164,7 @@ class Device:
         flat = np.ascontiguousarray(data).view(np.uint8).ravel()
         buffer = cl.Buffer(self._context, _FLAGS.READ_ONLY | _FLAGS.ALLOC_HOST_PTR, max(flat.nbytes, 4))
         if flat.nbytes:
-            mapped, _ = cl.enqueue_map_buffer(
-                self.queue, buffer, cl.map_flags.WRITE, 0, flat.shape, np.uint8, is_blocking=True
-            )
-            mapped[:] = flat
-            mapped.base.release(self.queue)
+            self.put(buffer, flat)
         return buffer
 
     def shared(self, data: U8) -> Any:
@@ -208,19 +209,30 @@ class Device:
 
     def fetch(self, buffer: Any, into: NDArray[Any]) -> None:
         """Wait for all that was enqueued, and copy the buffer's start."""
-        cl.enqueue_copy(self.queue, into, buffer, is_blocking=True)
-        self.sent.clear()
+        self.fetch_later(buffer, into)
+        self.settle()
 
     def fetch_later(self, buffer: Any, into: NDArray[Any]) -> Any:
         """The same, without waiting: an event."""
         event = cl.enqueue_copy(self.queue, into, buffer, is_blocking=False)
+        self.sent.append(event)
         self.queue.flush()
         return event
 
     def settle(self) -> None:
-        """Wait until nothing is enqueued."""
-        self.queue.finish()
+        """Wait until what was sent and is fetched has arrived."""
+        for event in self.sent:
+            self.wait(event)
         self.sent.clear()
+
+    def wait(self, event: Any) -> None:
+        """Until a command that was flushed has ended.  Raises PluginError if the device hangs."""
+        try:
+            self._waiting.wait(event)
+        except PluginError:
+            never_free(self.sent)
+            self.sent.clear()
+            raise
 
     def give_up_recording(self, reason: str) -> None:
         """From now on every kernel is launched by itself."""
@@ -237,10 +249,12 @@ class Device:
         return self._lasting[key]
 
     def put(self, buffer: Any, data: NDArray[Any]) -> Any:
-        """Write ``data`` to the start of a ``lasting`` buffer, in place; the event of its handing over."""
-        mapped, _ = cl.enqueue_map_buffer(
-            self.queue, buffer, cl.map_flags.WRITE, 0, data.shape, data.dtype, is_blocking=True
+        """Write ``data`` to the start of a buffer that the host shares; the event of its handing over."""
+        mapped, event = cl.enqueue_map_buffer(
+            self.queue, buffer, cl.map_flags.WRITE, 0, data.shape, data.dtype, is_blocking=False
         )
+        self.queue.flush()
+        self.wait(event)
         mapped[...] = data
         return mapped.base.release(self.queue)
 
@@ -279,3 +293,4 @@ class Device:
         self._scratch.clear()
         self._lasting.clear()
         self._memory.close()
+        self._waiting.close()

@@ -17,6 +17,7 @@ import numpy as np
 import pyopencl as cl
 from numpy.typing import NDArray
 from pi2.accelerator import FfnDone
+from pi2.errors import PluginError
 from pi2.tensor import F32, U8
 
 from pi2_backend_opencl import neurons
@@ -51,7 +52,7 @@ class Ticket(ABC):
 
     @abstractmethod
     def cancel(self) -> None:
-        """Wait until nothing of it runs any more."""
+        """Wait until nothing of it runs any more, or the device counts as lost."""
 
 
 @dataclass(slots=True)
@@ -140,15 +141,15 @@ class PlannedTicket(Ticket):
     def finish(self, out: F32) -> FfnDone:
         """Wait, and bring the result to ``out`` (tokens, d_model)."""
         try:
-            self._event.wait()
+            self._plan._device.wait(self._event)
             active = self._plan._output.take(self._seen, out)
         finally:
             self._give_back()
         return FfnDone(active, *self.span(self._last))
 
     def cancel(self) -> None:
-        with suppress(cl.Error):
-            self._event.wait()
+        with suppress(cl.Error, PluginError):
+            self._plan._device.wait(self._event)
         self._give_back()
 
     def _give_back(self) -> None:
@@ -178,7 +179,7 @@ class ManyTokens(Ticket):
         return FfnDone(active, *self.span(self._last))
 
     def cancel(self) -> None:
-        with suppress(cl.Error):
+        with suppress(cl.Error, PluginError):
             self._device.settle()
 
 

@@ -13,12 +13,15 @@ from pi2_backend_opencl import matrix, neurons, plans
 from pi2_backend_opencl.caps import Variant, load_profile, resolve
 from pi2_backend_opencl.device import Device, Found, device_errors
 from pi2_backend_opencl.vendors import Vendor
+from pi2_backend_opencl.waiting import DEADLINE_S
 
 _ROWS, _COLS = 67, 96  # a cluster and a tail; three groups
 _CLOSE = 1e-3
 
 
-def first_that_works(found: Found, variant: Variant, cache: Path | None) -> tuple[Device, list[str]]:
+def first_that_works(
+    found: Found, variant: Variant, cache: Path | None, deadline: float = DEADLINE_S
+) -> tuple[Device, list[str]]:
     """A device with kernels that give right numbers: those of ``variant``, else the plainest; and remarks.
 
     Raises PluginError if not even those do.
@@ -26,7 +29,7 @@ def first_that_works(found: Found, variant: Variant, cache: Path | None) -> tupl
     remarks: list[str] = []
     plain = resolve(found.caps, dataclasses.replace(load_profile("minimal"), name="plain"))
     for candidate in (variant, plain):
-        device = Device(found, candidate, cache)
+        device = Device(found, candidate, cache, deadline)
         wrong = problems(device) or _background_problems(device)
         if not wrong:
             return device, remarks

@@ -1,6 +1,10 @@
 """Whatever goes wrong is one clear error, or something plainer that is announced."""
 
 import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +15,7 @@ from pi2.bundle import BundleGeometry
 from pi2.engine import Engine
 from pi2.errors import PluginError
 from pi2.hybrid import HybridOptions
+from pi2.tensor import Tensor, encode
 from pi2.testing.models import write_toy_model
 from pi2_backend_opencl import device, plans
 from pi2_backend_opencl.backend import OpenclBackend
@@ -93,10 +98,7 @@ def test_a_device_that_is_lost_is_one_clear_error_and_the_next_call_is_tried(bac
         event.wait()
 
     ticket = backend.begin_ffn(ffn, x, 100)
-    if tokens == 1:
-        monkeypatch.setattr(ticket, "_event", SimpleNamespace(wait=lost))
-    else:
-        monkeypatch.setattr(opened, "settle", lost)
+    monkeypatch.setattr(opened._waiting, "wait", lost)
     with pytest.raises(PluginError, match="EXEC_STATUS_ERROR_FOR_EVENTS") as refusal:
         backend.finish_ffn(ticket, np.empty_like(x))
     assert "lost" in refusal.value.hint
@@ -104,6 +106,102 @@ def test_a_device_that_is_lost_is_one_clear_error_and_the_next_call_is_tried(bac
     after = in_background(backend, ffn, x)
     assert after[0].tobytes() == before[0].tobytes()
     assert after[1] == before[1]
+
+
+@contextmanager
+def hanging(opened):
+    """Nothing that the queue is given from here on begins, until the end."""
+    never, patience = cl.UserEvent(opened.queue.context), opened._waiting._deadline
+    cl.enqueue_barrier(opened.queue, wait_for=[never])
+    opened._waiting._deadline = 0.1
+    try:
+        yield
+    finally:
+        opened._waiting._deadline = patience
+        never.set_status(cl.command_execution_status.COMPLETE)
+        opened.queue.finish()
+
+
+def linear(backend, weight):
+    backend.linear(weight, inputs(2), np.empty((2, weight.shape.rows), np.float32))
+
+
+@pytest.mark.parametrize("tokens", [1, plans.MOST_TOKENS + 1])
+def test_a_device_that_hangs_is_one_clear_error_and_is_used_again_when_it_answers(backend, tokens):
+    ffn, x, opened = ffn_of(backend), inputs(tokens), backend._device
+    weight = backend.place(Tensor(encode(inputs(70), "f32"), "f32", 64))
+    before = in_background(backend, ffn, x)
+    out = np.empty_like(x)
+    for wait in (
+        lambda: backend.finish_ffn(backend.begin_ffn(ffn, x, 100), out),
+        lambda: backend.ffn(ffn, x, out),
+        lambda: linear(backend, weight),
+        lambda: backend.place(Tensor(encode(inputs(70), "f32"), "f32", 64)),
+    ):
+        with hanging(opened), pytest.raises(PluginError, match=r"hangs: .* for 0\.1 s") as refusal:
+            wait()
+        assert "lost=cpu" in refusal.value.hint
+        after = in_background(backend, ffn, x)
+        assert after[0].tobytes() == before[0].tobytes()
+        assert after[1] == before[1]
+
+
+def test_what_is_begun_on_a_device_that_then_hangs_can_be_cancelled(backend):
+    ffn, opened = ffn_of(backend), backend._device
+    with hanging(opened):  # a plan waits for the device before it begins, many tokens do not
+        backend.cancel_ffn(backend.begin_ffn(ffn, inputs(40), 100))
+    assert np.isfinite(in_background(backend, ffn, inputs())[0]).all()
+
+
+HANG = """
+import sys
+import numpy as np
+import pyopencl as cl
+from pi2.errors import PluginError
+from pi2.tensor import Tensor
+from pi2_backend_opencl.backend import OpenclBackend
+
+backend = OpenclBackend.open({"cache": sys.argv[1], "deadline": "20"})
+x = np.ones((2, 64), np.float32)
+weight, out = backend.place(Tensor(x.view(np.uint8), "f32", 64)), np.empty((2, 2), np.float32)
+backend.linear(weight, x, out)
+opened = backend._device
+endless = "kernel void endless(global volatile int *a) { while (a[0] == 0) ; }"
+kernel = cl.Program(opened.queue.context, endless).build(cache_dir=False).endless
+opened.clear(opened.scratch("y", 64), 64)
+opened.run(kernel, (1,), (1,), opened.scratch("y", 64))
+opened._waiting._deadline = 0.5
+try:
+    backend.linear(weight, x, out)
+except PluginError as e:
+    print(e)
+backend.close()
+"""
+
+
+def test_a_process_whose_kernel_never_ends_says_so_and_ends(cache):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", HANG, cache], capture_output=True, text=True, timeout=300,
+        check=False, env=os.environ | {"PYOPENCL_NO_CACHE": "1"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "hangs: it has not answered for 0.5 s" in done.stdout
+
+
+@pytest.mark.parametrize("prompt", [[5], [5, 6, 7]])
+@pytest.mark.parametrize("attention", ["cpu", "accelerator"])
+def test_the_engine_goes_on_without_a_device_that_hangs(cache, tmp_path, attention, prompt):
+    model = write_toy_model(tmp_path / "toy")
+    options = {"backend": f"opencl:cache={cache}", "storage": "mmap", "cold": "numpy"}
+    shared = {"attention": attention, "prefill": "accelerator", "most": 1.0}
+    with Engine.open(model, **options, hybrid=HybridOptions(**shared, lost="cpu")) as engine:
+        expected = engine.logits([3, 4, *prompt, 8])
+        session, opened = engine.session(), engine._parts["backend"]._device
+        got = [session.logits([3]), session.logits([4])]
+        with hanging(opened):
+            got += [session.logits(prompt), session.logits([8])]
+        assert np.abs(np.concatenate(got) - expected).max() < 1e-3
+        assert sum("hangs" in note and "CPU computes everything" in note for note in engine.notes) == 1
 
 
 def test_the_engine_goes_on_without_a_lost_device_if_that_was_asked_for(cache, tmp_path, monkeypatch):

@@ -38,7 +38,8 @@ class UfsTier(StorageTier):
 
     ``engine`` "uring" (one thread submits and reaps), "threads" or "buffered" forces a way to read; the
     default is the first that there is.  ``depth`` reads are in flight, or ``threads`` of a pool read.
-    ``block``: least read in bytes; ``merge``: reads that touch become one of up to so many bytes.
+    ``block``: least read in bytes, or what the device needs; ``merge``: reads that touch become one of up
+    to so many bytes.
     ``deadline``: seconds after which a read counts as lost.  ``throttle``: a flash device to pretend.
     ``cpu``: the core that the reading threads are pinned to.
     """
@@ -56,7 +57,7 @@ class UfsTier(StorageTier):
         engine: str | None = None,
         depth: int = 128,
         threads: int = 4,
-        block: int = 4096,
+        block: int = 512,
         merge: int = 1 << 20,
         deadline: float = 30.0,
         throttle: str | None = None,

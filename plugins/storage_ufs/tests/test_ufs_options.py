@@ -36,7 +36,7 @@ def test_its_header_is_the_one_of_core():
         {"block": "1000"},
         {"block": "256"},
         {"merge": "1000"},
-        {"merge": "2048"},
+        {"merge": "256"},
         {"deadline": "0"},
         {"deadline": "nan"},
         {"throttle": "tape"},
