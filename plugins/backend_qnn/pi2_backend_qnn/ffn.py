@@ -64,7 +64,7 @@ def begin(programs: Programs, ffn: Ffn, x: F32, mask: F32, count: int) -> Call:
     call = Call(ffn, mask, [], bad, good)
     try:
         for part in pieces(len(x)):
-            e, fed = ffn.scaling.inputs(x[part], ffn.spec)
+            e, fed = ffn.scaling.inputs(x[part], ffn.spec, mask)
             shape = programs.choose(ffn, ffn.shape_for(len(e), count))
             inputs = {name: pad(values, shape[0]) for name, values in fed.items()}
             inputs |= _masks(ffn, mask, shape[1])

@@ -41,21 +41,22 @@ def quants_of(data: U8, dtype: DType) -> Quants:
     return Quants(nibbles.reshape(len(data), -1).astype(np.int8) - np.int8(8), scales, bits)
 
 
-def exponent(data: U8, dtype: DType) -> int:
-    """The least e such that all weights of rows (n, row_bytes) are below 2**e; 0 if all are zero.
-
-    Raises GraphRefused if a weight is not finite.
-    """
-    if data.size == 0:
-        return 0
-    if dtype in BITS:
-        scales = quants_of(data, dtype).scales
-        largest = float(np.abs(scales).max(initial=0)) * _LARGEST[dtype]
+def magnitudes(data: U8, dtype: DType) -> F32:
+    """Of the rows (n, row_bytes), what no weight exceeds, (n,).  Raises GraphRefused if one is not finite."""
+    if dtype in BITS and data.size:
+        largest: F32 = np.abs(quants_of(data, dtype).scales).max(axis=1, initial=0) * np.float32(
+            _LARGEST[dtype]
+        )
     else:
-        largest = float(np.abs(decode(data, dtype)).max(initial=0))
-    if not np.isfinite(largest):
+        largest = np.abs(decode(data, dtype)).max(axis=1, initial=0)
+    if not np.isfinite(largest).all():
         raise GraphRefused("a weight is not finite", hint="convert the model again")
-    return int(np.frexp(largest)[1])
+    return largest
+
+
+def exponent(largest: F32) -> int:
+    """The least e such that all weights of rows with these magnitudes are below 2**e; 0 if all are zero."""
+    return int(np.frexp(largest.max(initial=0))[1])
 
 
 def nbits(quants: NDArray[np.int8], bits: int) -> U8:

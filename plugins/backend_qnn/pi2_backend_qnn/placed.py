@@ -67,7 +67,7 @@ class Matrix(Placed):
 
     @cached_property
     def exponent(self) -> int:
-        return pack.exponent(self.weight.data, self.weight.dtype)
+        return pack.exponent(pack.magnitudes(self.weight.data, self.weight.dtype))
 
     @cached_property
     def digest(self) -> str:
@@ -88,13 +88,14 @@ class Ffn(Placed):
 
     def __post_init__(self) -> None:
         geometry = self.spec.geometry
-        self.exponents = {}
+        largest = {}
         for name in ("gate", "up", "down"):
             if (dtype := getattr(geometry, name)) is not None:
                 offset, size = geometry.segments()[name]
-                self.exponents[name] = pack.exponent(self.bundles[:, offset : offset + size], dtype)
+                largest[name] = pack.magnitudes(self.bundles[:, offset : offset + size], dtype)
+        self.exponents = {name: pack.exponent(each) for name, each in largest.items()}
         biases: F32 | None = geometry.unpack_segment(self.bundles, "bias") if geometry.biased else None
-        self.scaling = FfnScaling.of(self.spec, self.exponents, biases)
+        self.scaling = FfnScaling.of(self.spec, largest, self.exponents, biases)
 
     def __str__(self) -> str:
         return f"these {self.neurons} neurons"

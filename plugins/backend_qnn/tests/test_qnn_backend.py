@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pi2.api import FfnSpec
 from pi2.bundle import BundleGeometry
 from pi2.tensor import Tensor, encode
-from pi2.testing import BackendTests
+from pi2.testing import BackendTests, reference
 from pi2.testing.plugin import examples
 from pi2.testing.strategies import generators
 from pi2_backend_qnn import selftest
@@ -139,6 +139,30 @@ def test_hot_neurons_here_and_cold_ones_elsewhere_are_the_dense_ffn(backend, hot
     active = cold.ffn(reference, x, there, np.arange(hot, 4 * CLUSTER, dtype=np.int32))
     assert abs(cold.ffn(reference, x, dense) - active - done.active) <= 1  # a gate within rounding of zero
     assert np.linalg.norm(here + there - dense) <= QnnBackend.tolerance * np.linalg.norm(dense)
+
+
+@emulated
+@examples(60)
+@given(
+    rng=generators,
+    gated=st.booleans(),
+    activation=st.sampled_from(("relu", "relu2", "silu")),
+    weak=st.integers(-7, 0),
+)
+def test_a_neuron_that_is_weak_beside_the_others_is_not_lost(backend, rng, gated, activation, weak):
+    """Its product, squared perhaps, would be below what fp16 can hold if only the others set the scale."""
+    geometry = BundleGeometry(64, "f32" if gated else None, "f32", "f32")
+    bundles, spec = np.zeros((2 * CLUSTER, geometry.stride), np.uint8), FfnSpec(geometry, activation)
+    for part in geometry.segments():
+        values = rng.standard_normal((2 * CLUSTER, 64), dtype=np.float32)
+        values[0] = np.ldexp(values[0], -rng.integers(0, 8, 64) if part == "down" else weak)
+        geometry.pack_into(bundles, part, values)
+    x = rng.standard_normal((1, 64), dtype=np.float32)
+    handle, out = backend.place_ffn(bundles, spec), np.full_like(x, np.nan)
+    backend.finish_ffn(backend.begin_ffn(handle, x, 1), out)
+    expected = reference.ffn(geometry.unpack(bundles[:1]), spec, x, QnnBackend.tolerance)
+    assert expected.output.accepts(out)
+    backend.release(handle)
 
 
 @emulated

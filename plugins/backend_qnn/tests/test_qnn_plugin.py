@@ -5,12 +5,16 @@ import pi2_backend_qnn
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pi2.api import FfnSpec
+from pi2.bundle import BundleGeometry
 from pi2.errors import OptionError, PluginError
 from pi2.plugins import Plugins
 from pi2.tensor import Tensor, encode
 from pi2.testing.plugin import PluginTests, examples
+from pi2.testing.strategies import generators
 from pi2_backend_qnn import errors, pack, probe, scaling, targets
 from pi2_backend_qnn.backend import QnnBackend
+from pi2_backend_qnn.placed import Ffn
 
 GOOD = {"onnxruntime": "1.31.1", "onnxruntime-qnn": "2.7.0", "onnx": "1.23.2"}
 
@@ -152,7 +156,9 @@ def test_packing_changes_no_weight(dtype, seed, power):
         packed = np.stack((packed & 15, packed >> 4), axis=-1)
     quants = packed.reshape(5, -1, 32).astype(np.float32) - 2 ** (q.bits - 1)
     assert np.array_equal((quants * q.scales[:, :, None]).reshape(5, 96), tensor.to_f32())
-    e = pack.exponent(tensor.data, dtype)
+    largest = pack.magnitudes(tensor.data, dtype)
+    assert (np.abs(tensor.to_f32()).max(axis=1) <= largest).all()
+    e = pack.exponent(largest)
     assert np.abs(tensor.to_f32()).max() < 2.0**e
     assert np.array_equal(np.ldexp(np.ldexp(q.scales, -e), e), q.scales)
 
@@ -169,6 +175,42 @@ def test_tokens_are_scaled_without_loss(seed, power):
     assert np.array_equal(scaling.scaled(small, e), x)
 
 
+@examples(200)
+@given(
+    rng=generators,
+    activation=st.sampled_from(("relu", "relu2", "silu")),
+    gated=st.booleans(),
+    biased=st.booleans(),
+    weak=st.integers(-20, 0),
+    power=st.integers(-30, 30),
+)
+def test_lifted_tokens_stay_within_fp16(rng, activation, gated, biased, weak, power):
+    """Whatever the tokens are, even those that agree best with the weights."""
+    geometry = BundleGeometry(8, "f32" if gated else None, "f32", "f32", biased=biased)
+    bundles, spec = np.zeros((5, geometry.stride), np.uint8), FfnSpec(geometry, activation)
+    for part in geometry.segments():
+        values = rng.standard_normal((5, {"bias": 1 + gated}.get(part, 8))).astype(np.float32)
+        geometry.pack_into(bundles, part, np.ldexp(values, [[weak], [weak], [0], [0], [0]]))
+    ffn = Ffn(bundles=bundles, spec=spec, cluster=32)
+    mask = np.array([1, 1, 0, 0, 0], np.float32)
+    n = geometry.unpack(bundles[:2])
+    x = np.ldexp(np.sign(np.concatenate((n.up, n.up if n.gate is None else n.gate))), power)
+    e, fed = ffn.scaling.inputs(x, spec, mask)
+    ones = fed.get("ones", np.zeros((len(x), 1), np.float32)).astype(np.float64)
+
+    def dots(part, rows, bias):
+        scale = 2.0 ** -ffn.exponents[part]
+        return np.abs(fed["x"].astype(np.float64) @ rows.T + ones * (0 if bias is None else bias)) * scale
+
+    up = dots("up", n.up, n.up_bias)
+    a = dots("gate", n.gate, n.gate_bias) if gated else up
+    a = a**2 if activation == "relu2" else a
+    h = a * up if gated else a
+    y = h @ np.abs(n.down.astype(np.float64)) * 2.0 ** -ffn.exponents["down"]
+    assert max(each.max() for each in (fed["x"], ones, up, a, h, y)) < np.finfo(np.float16).max
+    assert np.allclose(np.ldexp(fed["x"], e[:, None]), x, rtol=0, atol=0)
+
+
 def test_weights_that_are_not_finite_are_refused():
     with pytest.raises(errors.GraphRefused, match="not finite"):
-        pack.exponent(encode(np.full((1, 4), np.inf, np.float32), "f16"), "f16")
+        pack.magnitudes(encode(np.full((1, 4), np.inf, np.float32), "f16"), "f16")
