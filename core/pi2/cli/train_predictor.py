@@ -53,7 +53,7 @@ From = Annotated[
 def command(
     model: o.ModelArgument,
     texts: Texts = None,
-    tokens: TrainTokens = 16384,
+    tokens: TrainTokens = 32768,
     recall: Recall = 0.97,
     width: Width = "auto",
     budget: Budget = 0.06,

@@ -50,7 +50,7 @@ _HIGHEST_RECALL = 0.9995
 class TrainSettings:
     """What is wanted of the predictors.  ``width`` None: by layer, within ``budget`` of the model's bytes."""
 
-    tokens: int = 16384
+    tokens: int = 32768
     recall: float = 0.97
     """Share of the active neurons that each layer's threshold must name on held-out text, at least."""
     max_loss: float | None = 0.001
