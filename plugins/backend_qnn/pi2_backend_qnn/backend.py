@@ -15,7 +15,7 @@ from pi2.tensor import BLOCK, F32, U8, Ids, Tensor
 
 from pi2_backend_qnn import host, probe, targets
 from pi2_backend_qnn.client import Client
-from pi2_backend_qnn.contexts import FORMAT, Contexts, compile_all
+from pi2_backend_qnn.contexts import FORMAT, Contexts, bytes_of, compile_all
 from pi2_backend_qnn.errors import NoDevice, QnnError
 from pi2_backend_qnn.ffn import Call, begin
 from pi2_backend_qnn.pack import outputs
@@ -125,7 +125,13 @@ class QnnBackend(Backend):
             ffns = (backend.place_ffn(bundles(), weights.spec) for bundles in weights.ffns)
             about = {**backend.about, "source": dict(weights.source)}
             total = len(placed) + len(weights.ffns)
-            found = compile_all(backend._programs, chain(placed, ffns), total, about, destination, progress)
+            needed = sum(map(bytes_of, placed))
+            if weights.ffns:  # all are as large as the first
+                first = Ffn(bundles=weights.ffns[0](), spec=weights.spec, cluster=backend._cluster)
+                needed += len(weights.ffns) * bytes_of(first)
+            found = compile_all(
+                backend._programs, chain(placed, ffns), total, about, destination, progress, needed
+            )
         finally:
             backend.close()
         return {**found, "use": f"qnn:contexts={destination},soc={backend._soc.name}"}

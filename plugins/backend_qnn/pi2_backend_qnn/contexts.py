@@ -84,18 +84,25 @@ def shapes_of(placed: Placed) -> list[Shape]:
     return [(rows, c) for rows in ROWS for c in (prefixes if rows <= DECODE else prefixes[-1:])]
 
 
+def bytes_of(placed: Placed) -> int:
+    """Of all its contexts, at least: every one has a copy of its weights."""
+    return sum(map(placed.weight_bytes, shapes_of(placed)))
+
+
 def compile_all(
     programs: Programs, weights: Iterable[Placed], total: int, about: Mapping[str, Any], destination: Path,
-    show: Show,
+    show: Show, needed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Make ``destination`` of ``total`` matrices and FFNs; what an earlier attempt with the same ``about``
-    made is kept.  Returns ``about`` and how many graphs there are.  Raises StorageError, QnnError.
+    made is kept.  Returns ``about`` and how many graphs there are.  ``needed``: ``bytes_of`` them all.
+    Raises StorageError, QnnError.
     """
     if destination.exists():
         raise StorageError("it exists already", path=destination, hint="remove it, or choose another name")
     partial = destination.with_name(destination.name + ".partial")
     try:
         _begin(partial, about)
+        _check_space(partial, needed)
         graphs: dict[str, dict[str, Any]] = {}
         for number, placed in enumerate(weights):
             for shape in shapes_of(placed):
@@ -117,6 +124,18 @@ def _begin(partial: Path, about: Mapping[str, Any]) -> None:
         shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
     note.write_text(wanted)
+
+
+def _check_space(partial: Path, needed: int) -> None:
+    """Raises StorageError if what is there and what is free are not enough."""
+    there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    free = shutil.disk_usage(partial).free
+    if there + free < needed:
+        raise StorageError(
+            f"at least {(needed - there) / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free",
+            path=partial,
+            hint="free space, or compile a smaller share: --hot",
+        )
 
 
 def _one(programs: Programs, placed: Placed, shape: Shape, partial: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from pi2.tensor import BLOCK, F32, U8, DType, decode
 from pi2_backend_qnn.errors import GraphRefused
 
 BITS = {"q4_0": 4, "q8_0": 8}
+SHRINKS = {"f32": 2}
+"""Bytes of ours for one of QNN's; other weights are as large there."""
 _LARGEST = {"q4_0": 8, "q8_0": 128}  # magnitude of a quant
 
 

@@ -57,6 +57,10 @@ class Placed:
         """What to ask the worker for, and the arrays that go with it."""
         raise NotImplementedError
 
+    def weight_bytes(self, shape: Shape) -> int:
+        """Of the weights that a graph has, as QNN stores them."""
+        raise NotImplementedError
+
 
 @dataclass(eq=False)
 class Matrix(Placed):
@@ -76,6 +80,9 @@ class Matrix(Placed):
     def request(self, shape: Shape) -> tuple[dict[str, Any], dict[str, U8]]:
         asked = {"do": "linear", "rows": shape[0], "dtype": self.weight.dtype, "cols": self.weight.cols}
         return asked | {"exponent": self.exponent}, {"data": np.ascontiguousarray(self.weight.data)}
+
+    def weight_bytes(self, shape: Shape) -> int:
+        return self.weight.data.nbytes // pack.SHRINKS.get(self.weight.dtype, 1)
 
 
 @dataclass(eq=False)
@@ -139,6 +146,15 @@ class Ffn(Placed):
         }
         asked = {"do": "ffn", "rows": rows, "spec": spec, "cluster": self.cluster}
         return asked | {"exponents": self.exponents}, {"bundles": self.bundles[: clusters * self.cluster]}
+
+    def weight_bytes(self, shape: Shape) -> int:
+        geometry, parts = self.spec.geometry, ("gate", "up", "down")
+        sizes = [
+            geometry.segments()[part][1] // pack.SHRINKS.get(dtype, 1)
+            for part in parts
+            if (dtype := getattr(geometry, part)) is not None
+        ]
+        return sum(sizes) * sum(self.sizes(shape[1]))
 
 
 def _digest(data: U8, what: str) -> str:

@@ -1,6 +1,7 @@
 """Contexts compiled ahead of time: the same bits, and an error of its own for all that can be wrong."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -74,6 +75,21 @@ def test_the_manifest_says_what_was_made_for_which_chip_of_which_weights(context
     named = {(g["folder"], name) for g in graphs.values() for name in g["files"]}
     there = {(f.parent.name, f.name) for f in contexts.rglob("graph*")}
     assert named == there
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_the_first_graph(model, contexts, tmp_path, monkeypatch):
+    """What is needed is never more than what is written in the end; what an earlier attempt made counts."""
+    written = sum(file.stat().st_size for file in contexts.rglob("*.bin"))
+    free = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr("pi2_backend_qnn.contexts.shutil.disk_usage", lambda folder: free)
+    done = compiled(model, tmp_path / "toy.qnn")
+    assert done.exit_code != 0
+    assert "MB are needed, 0.0 MB are free" in done.stderr
+    assert not list(tmp_path.rglob("*.bin"))
+    needed = float(re.search(r"at least ([0-9.]+) MB are needed", done.stderr)[1]) * 1e6
+    assert 0 < needed <= written
+    shutil.copytree(contexts, tmp_path / "toy.qnn.partial", dirs_exist_ok=True)
+    assert compiled(model, tmp_path / "toy.qnn").exit_code == 0
 
 
 def test_a_flipped_bit_of_a_weight_is_noticed(model, copied):
