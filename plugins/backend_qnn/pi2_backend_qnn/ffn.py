@@ -53,18 +53,20 @@ class Call:
             run.cancel()
 
 
-def begin(programs: Programs, ffn: Ffn, x: F32, mask: F32, count: int) -> Call:
+def begin(programs: Programs, ffn: Ffn, x: F32, mask: F32, count: int, among: int | None = None) -> Call:
     """Start the FFN of ``x`` (n, d), n >= 1, over the first ``count`` neurons; ``mask`` (k,) is 1 for those
-    that take part, 0 for others, which may be computed as well.  Raises QnnError; then nothing was started.
+    that take part, 0 for others, which may be computed as well; they are chosen ``among`` the first so many,
+    by default up to the last that takes part, which decides on the scale.  Raises QnnError; then nothing was started.
     """
     x, bad = finite_rows(x)
+    among = int(np.flatnonzero(mask)[-1]) + 1 if among is None else among
     good = np.ones(len(x), np.bool_)
     if bad is not None:
         good[bad.rows] = False
     call = Call(ffn, mask, [], bad, good)
     try:
         for part in pieces(len(x)):
-            e, fed = ffn.scaling.inputs(x[part], ffn.spec, mask)
+            e, fed = ffn.scaling.inputs(x[part], ffn.spec, among)
             shape = programs.choose(ffn, ffn.shape_for(len(e), count))
             inputs = {name: pad(values, shape[0]) for name, values in fed.items()}
             inputs |= _masks(ffn, mask, shape[1])

@@ -78,13 +78,12 @@ class FfnScaling:
         bounds = ((1, np.maximum(dots, up)), (1 + square, act), (factor, hidden))
         return cls(pre, fixed, factor, bias, bounds, hidden * most["down"])
 
-    def lift(self, x: F32, e: Exponents, mask: F32) -> Exponents:
+    def lift(self, x: F32, e: Exponents, count: int) -> Exponents:
         """The powers of two, at least 0, that tokens (n, d) divided by 2**e can be multiplied by if the
-        neurons of ``mask`` (k,) take part.  A token's own, so that it gives the same bits in any company.
+        first ``count`` neurons may take part.  A token's own, whatever else is computed: the same bits.
         """
-        on = mask > 0
-        most = [(times, values[on].max(initial=0)) for times, values in self.bounds]
-        most.append((self.factor, self.shares[on].sum()))
+        most = [(times, values[:count].max(initial=0)) for times, values in self.bounds]
+        most.append((self.factor, self.shares[:count].sum()))
         room = min((_MOST - int(np.frexp(value)[1])) // times for times, value in most)
         sizes = np.abs(scaled(x, -e)).sum(axis=1)
         if self.bias is not None:
@@ -92,15 +91,15 @@ class FfnScaling:
         lift: Exponents = np.clip(room - np.frexp(sizes)[1], 0, _MOST).astype(np.int32)
         return lift
 
-    def inputs(self, x: F32, spec: FfnSpec, mask: F32) -> tuple[Exponents, dict[str, F32]]:
+    def inputs(self, x: F32, spec: FfnSpec, count: int) -> tuple[Exponents, dict[str, F32]]:
         """e of every token, and what the graph is fed: x (n, d), "true" and "ones" (n, 1) if it asks.
 
-        ``mask`` (k,) as in ``lift``; "true" and "ones" stay in the range of normal numbers.
+        ``count`` as in ``lift``; "true" and "ones" stay in the range of normal numbers.
         """
         smooth, e = spec.activation not in ("relu", "relu2"), input_exponents(x)
         if self.bias is not None:
             e = np.maximum(e, np.int32(self.bias))
-        lift = self.lift(x, e, mask)
+        lift = self.lift(x, e, count)
         if smooth:
             lift = np.minimum(lift, e + self.pre - _TRUE[0])
         if self.bias is not None:

@@ -192,10 +192,9 @@ def test_lifted_tokens_stay_within_fp16(rng, activation, gated, biased, weak, po
         values = rng.standard_normal((5, {"bias": 1 + gated}.get(part, 8))).astype(np.float32)
         geometry.pack_into(bundles, part, np.ldexp(values, [[weak], [weak], [0], [0], [0]]))
     ffn = Ffn(bundles=bundles, spec=spec, cluster=32)
-    mask = np.array([1, 1, 0, 0, 0], np.float32)
     n = geometry.unpack(bundles[:2])
     x = np.ldexp(np.sign(np.concatenate((n.up, n.up if n.gate is None else n.gate))), power)
-    e, fed = ffn.scaling.inputs(x, spec, mask)
+    e, fed = ffn.scaling.inputs(x, spec, 2)
     ones = fed.get("ones", np.zeros((len(x), 1), np.float32)).astype(np.float64)
 
     def dots(part, rows, bias):
