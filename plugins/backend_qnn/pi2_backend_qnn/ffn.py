@@ -56,7 +56,8 @@ class Call:
 def begin(programs: Programs, ffn: Ffn, x: F32, mask: F32, count: int, among: int | None = None) -> Call:
     """Start the FFN of ``x`` (n, d), n >= 1, over the first ``count`` neurons; ``mask`` (k,) is 1 for those
     that take part, 0 for others, which may be computed as well; they are chosen ``among`` the first so many,
-    by default up to the last that takes part, which decides on the scale.  Raises QnnError; then nothing was started.
+    by default up to the last that takes part, which decides on the scale.  Raises QnnError; then
+    nothing was started.
     """
     x, bad = finite_rows(x)
     among = int(np.flatnonzero(mask)[-1]) + 1 if among is None else among
