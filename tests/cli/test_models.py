@@ -16,7 +16,10 @@ def test_convert_inspect_and_run_follow_one_another(hugging_face, tmp_path):
     assert "100%" in result.stderr
     assert f"next: pi2 run --model '{destination}'" in result.stderr
     assert_error(pi2(*args), "exists already", "--force")
-    assert pi2(*args, "--force", "--quant-embed", "f32", "--quant-attention", "q8_0").exit_code == 0
+    assert (
+        pi2(*args, "--force", "--quant-embed", "f32", "--quant-attention", "q8_0", "--page", 64).exit_code
+        == 0
+    )
     found = json.loads(pi2("inspect", destination, "--json", "--verify").stdout)
     assert found["quantisation"] == {
         **{"gate": "q4_0", "up": "q4_0", "down": "f16", "attention": "q8_0", "embed": "f32"},
@@ -28,6 +31,8 @@ def test_convert_inspect_and_run_follow_one_another(hugging_face, tmp_path):
 
 def test_convert_says_which_formats_there_are(hugging_face, tmp_path):
     assert_error(pi2("convert", hugging_face, tmp_path / "x", "--quant", "q9"), "'q9'", "q4_0")
+    odd = pi2("convert", hugging_face, tmp_path / "x", "--page", "1000")
+    assert_error(odd, "1000 bytes", "a power of two from 64")
     assert_error(pi2("convert", tmp_path / "no", tmp_path / "x"), "no such file")
 
 

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-from pi2.bundle import PAGE
 from pi2.cli.options import installed_plugins, load_source
 from pi2.cli.output import human_bytes, say
 from pi2.cli.progress import progress_bar
+from pi2.errors import OptionError
 
 _FORMATS = "q4_0, q8_0, f16 or f32"
 
@@ -23,10 +23,10 @@ QuantEmbed = Annotated[str | None, typer.Option("--quant-embed", help="Of embedd
 QuantAttention = Annotated[str | None, typer.Option("--quant-attention", help="Of attention, if different.")]
 QuantDown = Annotated[str | None, typer.Option("--quant-down", help="Of down columns, if different.")]
 Page = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--page",
-        help="Bytes of which bundles take whole multiples: the flash's block; 64 packs them, to save memory.",
+        help="Bytes of which bundles take whole multiples: the flash's block (4096); 64 packs them, to save memory.",
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace DST if it is a pi2 model.")]
@@ -39,7 +39,7 @@ def command(
     quant_embed: QuantEmbed = None,
     quant_attention: QuantAttention = None,
     quant_down: QuantDown = None,
-    page: Page = PAGE,
+    page: Page = None,
     force: Force = False,
 ) -> None:
     """Convert a model.
@@ -47,10 +47,15 @@ def command(
     Memory stays at about one tensor. DST appears when it is complete; a conversion that was stopped
     continues when it is run again.
     """
+    from pi2.bundle import LEAST_PAGE, PAGE
     from pi2.container import read_manifest
     from pi2.container.layout import QuantPlan
     from pi2.convert import convert
 
+    page = PAGE if page is None else page
+    if not LEAST_PAGE <= page <= 1 << 20 or page & (page - 1):
+        hint = f"a power of two from {LEAST_PAGE} to {1 << 20}"
+        raise OptionError(f"bundles cannot take multiples of {page} bytes", hint=hint)
     plan = QuantPlan.named(
         quant, embed=quant_embed, head=quant_embed, attention=quant_attention, down=quant_down
     )
