@@ -26,7 +26,7 @@ Page = Annotated[
     int | None,
     typer.Option(
         "--page",
-        help="Bundles take multiples of so many bytes: the flash's block (4096); 64 packs them, to save memory.",
+        help="Bundles take multiples of so many bytes: the flash's block (4096); 64 packs them.",
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace DST if it is a pi2 model.")]
