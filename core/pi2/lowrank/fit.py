@@ -62,6 +62,7 @@ def fit(
         logits = _logits(weights, inputs[chosen], dtype)
         loss = binary_cross_entropy_with_logits(logits, wanted, weight=torch.where(misses > 0, misses, 1.0))
         optimiser.zero_grad()
+        # torch leaves backward() untyped
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         if (step + 1) % s.judge_every == 0 or step + 1 == s.steps:

@@ -139,6 +139,7 @@ class Distiller:
         rng = np.random.default_rng([self._settings.seed, 2, number])
         with torch.autocast("cpu", torch.bfloat16, enabled=self._settings.bf16):
             loss, found = self._loss(network, row, rng, weight)
+        # torch leaves backward() untyped
         loss.backward()  # type: ignore[no-untyped-call]
         with self._lock:
             self._apply(leaves, row, found)
