@@ -114,7 +114,7 @@ class Client:
 
     def poll(self, ticket: int) -> bool:
         """Whether ``wait`` would return, or raise, at once."""
-        while ticket in self._asked and self._process and select.select([self._socket], [], [], 0)[0]:
+        while ticket in self._asked and self._heard():
             self._read_one()
         return ticket not in self._asked
 
@@ -173,6 +173,10 @@ class Client:
             self._unwanted.remove(ticket)
         else:
             self._answered[ticket] = reply
+
+    def _heard(self) -> bool:
+        """Whether there is something to read, or was read already with an earlier answer."""
+        return b"\n" in self._rest or bool(select.select([self._socket], [], [], 0)[0])
 
     def _read_line(self, deadline: float) -> bytes:
         end = time.monotonic() + deadline

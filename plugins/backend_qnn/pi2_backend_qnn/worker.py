@@ -124,6 +124,7 @@ class Worker:
         """A session all of whose nodes are QNN's.  Raises whatever ONNX Runtime raises."""
         options = ort.SessionOptions()
         options.log_severity_level = 2
+        options.intra_op_num_threads = 1  # nothing is the CPU's; else each session starts threads
         entries = {
             "session.disable_cpu_ep_fallback": "1",
             "session.record_ep_graph_assignment_info": "1",
