@@ -262,7 +262,7 @@ class OffloadedFfns:
     def _stay_within_budget(self) -> None:
         """The fixed region was estimated; if that was too low, the cold region shrinks."""
         cache, budget = self.cache, self.options.memory
-        excess = 0 if budget is None else rss_bytes() - budget
+        excess = 0 if budget is None else rss_bytes() + self._room.outside() - budget
         if excess > 0:
             least = cache.n_hot + cache.neurons
             self._inside = True

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pi2.memory import rss_bytes
 
 from pi2_backend_qnn.errors import WorkerDied, WorkerTimeout, reason
 
@@ -60,6 +61,10 @@ class Client:
     def process_id(self) -> int | None:
         """Of the worker, if there is one."""
         return None if self._process is None else self._process.pid
+
+    def resident_bytes(self) -> int:
+        """Of the worker's memory."""
+        return 0 if self._process is None else rss_bytes(self._process.pid)
 
     def reuse(self) -> None:
         """Called before a request is put together: what others left in the shared memory may go, if all

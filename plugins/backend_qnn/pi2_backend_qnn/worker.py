@@ -26,6 +26,7 @@ import onnxruntime_qnn as provider
 from numpy.typing import NDArray
 from pi2.api import FfnSpec
 from pi2.bundle import BundleGeometry
+from pi2.memory import give_back_unused
 from pi2.tensor import DType, Tensor
 from pi2.threads import lock, run_together
 
@@ -116,6 +117,7 @@ class Worker:
         """A session of the graph; ``save``: a file to write its context beside, and nothing to run."""
         if save is None:
             self._keep(number, self._session(model))
+            give_back_unused()
             return
         entries = {"context_enable": "1", "context_file_path": save, "context_embed_mode": "0"}
         self._session(model, {f"ep.{key}": value for key, value in entries.items()})

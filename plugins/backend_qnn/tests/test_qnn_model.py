@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from command_line import pi2
 from pi2.engine import Engine
-from pi2.errors import PluginError
+from pi2.errors import BudgetError, PluginError
 from pi2.hybrid import HybridOptions
+from pi2.memory import rss_bytes
 from pi2.offload_options import OffloadOptions
 from pi2.sampling import Sampling
 from pi2.testing.models import toy_architecture, write_toy_model
@@ -88,6 +89,27 @@ def test_hot_neurons_come_from_flash_where_the_rest_stays(model, dense):
         model, backend=QNN, cold="numpy", predictor="exact", hybrid=shared, offload=offload
     ) as engine:
         assert tokens(engine) == dense[1]
+
+
+def test_the_memory_of_the_process_with_qnn_counts_in_the_budget(model):
+    shared = HybridOptions(hot=0.6, cluster=32)
+
+    def opened(memory):
+        offload = OffloadOptions(memory=memory)
+        return Engine.open(
+            model, backend=QNN, cold="numpy", predictor="exact", hybrid=shared, offload=offload, context=64
+        )
+
+    with opened(2 * 10**9) as engine:
+        tokens(engine)
+        taken, budget = engine.setup()["outside_bytes"], engine.setup()["budget_bytes"]
+        assert taken == engine.hybrid._accelerator.outside_bytes() > 50 * 10**6
+        assert engine.offloaded.regions.fixed >= rss_bytes() + taken
+        assert rss_bytes() + taken <= budget
+        assert engine.hybrid._accelerator.outside_bytes_for(0) >= taken
+        least = rss_bytes()
+    with pytest.raises(BudgetError), opened(least + 200 * 10**6):
+        pass
 
 
 @pytest.mark.parametrize("lost", ["stop", "cpu"])
