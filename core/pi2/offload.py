@@ -265,7 +265,7 @@ class OffloadedFfns:
         cache, budget = self.cache, self.options.memory
         if budget is None:
             return
-        stride, spare = cache.slab.shape[1], budget - rss_bytes()
+        stride, spare = cache.slab.shape[1], budget - rss_bytes() - self._room.outside()
         if spare < 0:
             self._inside = True
             least = cache.n_hot + cache.neurons
@@ -276,7 +276,7 @@ class OffloadedFfns:
             if slots == least:
                 self._note("more memory than the budget is in use: the estimate of the minimum was too low")
             self._inside = False
-        elif spare > _MARGIN and self._tokens == 1 and cache.full:
+        elif spare > _MARGIN and self._room.alone and self._tokens == 1 and cache.full:
             cache.resize(cache.capacity + (spare - _MARGIN) // stride)
 
     def close(self) -> None:

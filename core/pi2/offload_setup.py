@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pi2.api import Backend, CachePolicy, Keys, Predictor, StorageTier
-from pi2.budget import GROUP, Room, batch_bytes, to_come, too_small
+from pi2.budget import GROUP, Outside, Room, batch_bytes, to_come, too_small
 from pi2.errors import BudgetError
 from pi2.hot import activations, every_so_many
 from pi2.kv_cache import KvDType
@@ -43,6 +43,8 @@ class Offload:
     """Bytes that other parts will take before the cache does: neurons that belong to an accelerator."""
     dense: Backend | None = None
     """Another backend, for the FFNs of many tokens."""
+    outside: Outside = field(default_factory=lambda: Outside(()))
+    """Other processes, whose memory is part of the budget."""
 
     @property
     def most(self) -> int:
@@ -58,7 +60,7 @@ def attach(model: PiModel, backend: Backend, predictor: Predictor, offload: Offl
     arch, g, memory = model.architecture, model.geometry, offload.options.memory
     own = predictor.offloaded_bytes(model) if isinstance(predictor, SupportsOffload) else 0
     if memory is not None:
-        fixed = rss_bytes() + model.resident_bytes + own + offload.elsewhere
+        fixed = rss_bytes() + model.resident_bytes + own + offload.elsewhere + offload.outside.planned()
         fixed += to_come(arch, offload.context, offload.kv) + batch_bytes(
             arch, g, offload.most, offload.chunk
         )
@@ -86,7 +88,7 @@ def open_ffns(
     arch, g, options = model.architecture, model.geometry, offload.options
     give_back_unused()
     coming = to_come(arch, offload.context, offload.kv)
-    fixed = rss_bytes() + coming
+    fixed = rss_bytes() + coming + offload.outside.planned()
     slots = min(options.slots or 1 << 62, arch.n_layers * arch.n_neurons)
     if slots < arch.n_neurons:
         raise BudgetError(f"{slots} slots cannot hold an FFN", hint=f"{arch.n_neurons} at least")
@@ -96,6 +98,7 @@ def open_ffns(
         chunk=offload.chunk,
         fixed=fixed,
         elsewhere=offload.elsewhere,
+        outside=offload.outside,
         memory=options.memory,
         slots=slots,
     )
