@@ -157,6 +157,25 @@ def test_a_process_above_its_budget_gives_slots_up(monkeypatch):
         assert got.tobytes() == toys.logits(engine, [1], list(range(30))).tobytes()
 
 
+def test_what_the_estimate_left_of_the_budget_becomes_slots(monkeypatch):
+    with toys.engine("relu", slots=toys.NEURONS + 100) as engine:
+        ffns, margin = engine.offloaded, offload_module._MARGIN
+        cache, stride = ffns.cache, ffns.cache.slab.shape[1]
+        toys.logits(engine, [1], [])
+        cache.resize(toys.NEURONS + 40)  # what an estimate that was too high would have left
+        monkeypatch.setattr(offload_module, "rss_bytes", lambda: 10**9 - margin - 10 * stride - stride // 2)
+        ffns.options = OffloadOptions(memory=10**9)
+        ffns.take_count()
+        assert cache.untouched > 10  # memory that is not taken yet is not left over
+        assert cache.capacity == toys.NEURONS + 40
+        got = toys.logits(engine, [1], list(range(30)))
+        assert cache.untouched == 0
+        ffns.take_count()
+        assert cache.capacity == toys.NEURONS + 50
+    with toys.engine("relu") as engine:
+        assert got.tobytes() == toys.logits(engine, [1], list(range(30))).tobytes()
+
+
 @pytest.fixture
 def outside(monkeypatch):
     """Bytes of another process that the NumPy backend is said to have."""

@@ -109,6 +109,11 @@ class Room:
         self._elsewhere = elsewhere
         self.outside = outside or Outside(())
 
+    @property
+    def alone(self) -> bool:
+        """Whether no accelerator, and no other process, may still take what it was promised."""
+        return self._elsewhere == 0 and self.outside.planned() == 0
+
     def slots(self, tokens: int) -> int:
         """Of the neuron cache.  Raises BudgetError if that is less than an FFN."""
         if self._memory is None:

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from pi2.api import Backend, CachePolicy, Plugin, Predictor, StorageTier
 from pi2.budget import DEFAULT_CONTEXT, GROUP, Outside
-from pi2.builtin.lru_policy import LruPolicy
+from pi2.builtin.lfu_policy import LfuPolicy
 from pi2.chat_template import render
 from pi2.config import Settings
 from pi2.container.reader import PiModel, open_model
@@ -98,7 +98,7 @@ class Engine:
             self._parts = {**self._parts, "backend": hybrid.accelerator, "cpu": backend}
             self._placed = Placed(model, hybrid, resident=offload is None)
         if offload is not None:
-            policy = policy or LruPolicy()
+            policy = policy or LfuPolicy()
             setup = self._offload_setup(backend, offload, policy, hybrid)
         self.decoder = self._open(storage, predictor, setup, hybrid)
 

@@ -66,7 +66,8 @@ class HotPart:
         """``resident``: all weights are in memory."""
         arch = model.architecture
         self.notes: list[str] = []
-        counts = activations(model, self.notes)
+        counted = activations(model, self.notes)
+        counts = None if counted is None else counted[0]
         self.by_statistics = counts is not None
         if counts is None:
             self.notes.append(
