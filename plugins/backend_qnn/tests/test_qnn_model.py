@@ -142,17 +142,32 @@ def test_figures_of_speed_are_left_out(model):
     assert [said[name] for name in speed] == [None] * 4
 
 
-def test_all_logits_of_the_default_model_are_the_dense_ones():
-    """A prompt whose FFNs are all the emulator's, then single tokens at three shares of hot neurons."""
-    shares = (0.25, 0.5, 0.75)
+@pytest.fixture(scope="module")
+def default():
+    """Tokens, and the dense logits of the default model."""
     with Engine.open("smollm2-relu", backend="numpy", predictor="exact", context=64) as engine:
         ids = engine.encode("The capital of France is Paris, and that of Italy is")[:12]
-        want = engine.logits(ids)
-    shared = HybridOptions(hot=shares[0], most=1.0, prefill="accelerator")
-    qnn = "qnn:emulator=on,cluster=384"
-    with Engine.open(
-        "smollm2-relu", backend=qnn, cold="numpy", predictor="exact", context=64, hybrid=shared
-    ) as engine:
+        return ids, engine.logits(ids)
+
+
+def default_engine(**shared):
+    qnn, hybrid = "qnn:emulator=on,cluster=384", HybridOptions(**shared)
+    return Engine.open(
+        "smollm2-relu", backend=qnn, cold="numpy", predictor="exact", context=64, hybrid=hybrid
+    )
+
+
+def all_near(parts, want):
+    logits = np.concatenate(parts)
+    far_off = np.linalg.norm(logits - want, axis=1) / np.linalg.norm(want, axis=1)
+    assert (far_off < QnnBackend.tolerance).all()
+    assert np.array_equal(logits.argmax(axis=1), want.argmax(axis=1))
+
+
+def test_all_logits_of_the_default_model_are_the_dense_ones(default):
+    """A prompt whose FFNs are all the emulator's, then single tokens at three shares of hot neurons."""
+    (ids, want), shares = default, (0.25, 0.5, 0.75)
+    with default_engine(hot=shares[0], most=1.0, prefill="accelerator") as engine:
         session, hybrid = engine.session(), engine.hybrid
         got, counts = [session.logits(ids[:-3])], []
         for token, share in zip(ids[-3:], shares, strict=True):
@@ -162,9 +177,15 @@ def test_all_logits_of_the_default_model_are_the_dense_ones():
             counts.append({hybrid.hot.count(ffn) for ffn in range(30)})
         assert counts == [{round(1536 * share)} for share in shares]
         assert engine.setup()["hybrid"]["graphs"]["used"] == 30 * 4
-    logits = np.concatenate(got)
-    assert (np.linalg.norm(logits - want, axis=1) < QnnBackend.tolerance * np.linalg.norm(want, axis=1)).all()
-    assert np.array_equal(logits.argmax(axis=1), want.argmax(axis=1))
+    all_near(got, want)
+
+
+def test_they_are_if_attention_is_the_emulators(default):
+    ids, want = default
+    with default_engine(hot=0.0, attention="accelerator") as engine:
+        session = engine.session()
+        all_near([session.logits(ids[:-2]), *(session.logits([token]) for token in ids[-2:])], want)
+        assert engine.setup()["hybrid"]["attention"] == "accelerator"
 
 
 def wait_for_graphs(hybrid):
