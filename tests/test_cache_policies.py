@@ -65,6 +65,47 @@ def test_lfu_keeps_what_is_used_often_and_forgets_old_fame():
     assert policy.victims(0, 3).tolist() == [3, 1, 2]
 
 
+@given(
+    st.lists(st.lists(st.integers(0, 12), unique=True, max_size=6), min_size=1, max_size=40),
+    st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0]), min_size=13, max_size=13),
+    st.integers(1, 20),
+    st.integers(0, 12),
+)
+@settings(deadline=None)
+def test_lfu_names_the_least_of_prior_and_uses_that_fade(tokens, shares, half_life, n):
+    """By a slow twin that lets every score fade at every token; float32 decides nothing of 1e-4."""
+    policy, fade = LfuPolicy(half_life=half_life), 2 ** (-1 / half_life)
+    prior = np.array(shares) / (1 - fade)
+    policy.expect(keys(*range(13)), np.array(shares, np.float32))
+    recent, here = prior.copy(), set()
+    for used in tokens:
+        recent *= fade
+        recent[used] += 1
+        policy.touch(0, keys(*used))
+        here |= set(used)
+        score = recent + prior
+        victims = policy.victims(0, n).tolist()
+        assert len(victims) == min(n, len(here))
+        assert np.all(np.diff(score[victims]) > -1e-4)
+        stay = here - set(victims)
+        if stay and victims:
+            assert score[victims].max() < min(score[list(stay)]) + 1e-4
+        policy.evicted(keys(*victims))  # their uses are remembered
+        here -= set(victims)
+
+
+def test_lfu_goes_on_for_ever_and_with_several_ffns_a_token_is_a_round():
+    policy = LfuPolicy(half_life=1)
+    for _ in range(200):  # the unit would be 2^200
+        policy.touch(0, keys(1))
+        policy.touch(0, keys(2))
+        policy.touch(1, keys(11))
+    assert np.isfinite(policy._scores).all()
+    assert set(policy.victims(0, 9).tolist()) == {1, 2, 11}
+    policy.touch(0, keys(2))
+    assert policy.victims(0, 3).tolist()[-1] == 2
+
+
 def test_s3fifo_is_not_flushed_by_what_is_used_once():
     often = list(range(10))
     trace = often * 4 + [key for i in range(60) for key in (100 + i, often[i % 10])]

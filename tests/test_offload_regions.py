@@ -11,9 +11,11 @@ from pi2 import budget as budget_module
 from pi2 import offload as offload_module
 from pi2.activation_counts import ActivationCounts
 from pi2.builtin.mmap_tier import MmapTier
+from pi2.builtin.numpy_backend import NumpyBackend
 from pi2.container.layout import DENSE, NEURONS
 from pi2.container.reader import open_model
 from pi2.engine import Engine
+from pi2.errors import BudgetError
 from pi2.lookahead import Lookahead
 from pi2.offload_options import OffloadOptions
 from pi2.powers import SlotState
@@ -153,6 +155,49 @@ def test_a_process_above_its_budget_gives_slots_up(monkeypatch):
         got = toys.logits(engine, [1], list(range(30)))
     with toys.engine("relu") as engine:
         assert got.tobytes() == toys.logits(engine, [1], list(range(30))).tobytes()
+
+
+def test_what_the_estimate_left_of_the_budget_becomes_slots(monkeypatch):
+    with toys.engine("relu", slots=toys.NEURONS + 100) as engine:
+        ffns, margin = engine.offloaded, offload_module._MARGIN
+        cache, stride = ffns.cache, ffns.cache.slab.shape[1]
+        toys.logits(engine, [1], [])
+        cache.resize(toys.NEURONS + 40)  # what an estimate that was too high would have left
+        monkeypatch.setattr(offload_module, "rss_bytes", lambda: 10**9 - margin - 10 * stride - stride // 2)
+        ffns.options = OffloadOptions(memory=10**9)
+        ffns.take_count()
+        assert not cache.full  # memory that is not taken yet is not left over
+        assert cache.capacity == toys.NEURONS + 40
+        got = toys.logits(engine, [1], list(range(30)))
+        assert cache.full
+        ffns.take_count()
+        assert cache.capacity == toys.NEURONS + 50
+    with toys.engine("relu") as engine:
+        assert got.tobytes() == toys.logits(engine, [1], list(range(30))).tobytes()
+
+
+@pytest.fixture
+def outside(monkeypatch):
+    """Bytes of another process that the NumPy backend is said to have."""
+    found = {"now": 0}
+    monkeypatch.setattr(NumpyBackend, "outside_bytes", lambda self: found["now"], raising=False)
+    monkeypatch.setattr(NumpyBackend, "outside_bytes_for", lambda self, weights: 7 * weights, raising=False)
+    return found
+
+
+def test_memory_of_other_processes_is_planned_for_and_counts_in_the_budget(outside, monkeypatch):
+    with toys.engine("relu", memory=10**9) as engine:
+        ffns = engine.offloaded
+        assert "outside_bytes" not in engine.setup()
+        assert ffns.regions.fixed >= 7 * engine.model.resident_bytes
+        outside["now"] = 10**9
+        capacity = ffns.cache.capacity
+        ffns.take_count()
+        assert engine.setup()["outside_bytes"] == 10**9
+        assert toys.NEURONS <= ffns.cache.capacity < capacity
+    monkeypatch.setattr(NumpyBackend, "outside_bytes_for", lambda self, weights: 10**9)
+    with pytest.raises(BudgetError, match=r"at least 1\d{3} MB"), toys.engine("relu", memory=10**9):
+        pass
 
 
 @settings(deadline=None, max_examples=30)

@@ -75,6 +75,19 @@ class SupportsAsyncFfn(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsOtherProcesses(Protocol):
+    """Optional power of a backend part of whose memory is other processes': a budget bounds that, too."""
+
+    def outside_bytes(self) -> int:
+        """Resident in other processes now."""
+        ...
+
+    def outside_bytes_for(self, weights: int) -> int:
+        """At most, once it computes with so many bytes of weights and bundles; never less than now."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ToPlace:
     """What ``place`` and ``place_ffn`` of a backend will be given when a model runs."""

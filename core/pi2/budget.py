@@ -1,9 +1,12 @@
-"""One hard budget for the memory of the whole process, and what it is shared out to (PowerInfer-2 §4.2)."""
+"""One hard budget for all memory of a run, and what it is shared out to (PowerInfer-2 §4.2)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pi2.accelerator import SupportsOtherProcesses
+from pi2.api import Backend
 from pi2.architecture import Architecture
 from pi2.bundle import BundleGeometry
 from pi2.errors import BudgetError
@@ -73,20 +76,43 @@ def batch_bytes(arch: Architecture, g: BundleGeometry, tokens: int, chunk: int) 
     return ranges + states + heads + hidden
 
 
+class Outside:
+    """Other processes that compute for this one: their memory is a part of the budget."""
+
+    def __init__(self, parts: Iterable[tuple[Backend, int]]) -> None:
+        """Backends, and how many bytes of weights each will have."""
+        self._parts = [(each, weights) for each, weights in parts if isinstance(each, SupportsOtherProcesses)]
+
+    def __call__(self) -> int:
+        """Bytes that they have now."""
+        return sum(each.outside_bytes() for each, _ in self._parts)
+
+    def planned(self) -> int:
+        """Bytes that they will have."""
+        return sum(each.outside_bytes_for(weights) for each, weights in self._parts)
+
+
 class Room:
     """What the regions are, by how many tokens are computed together: they share the budget out anew."""
 
     def __init__(
         self, arch: Architecture, g: BundleGeometry, *, chunk: int, fixed: int, memory: int | None,
-        slots: int, elsewhere: int = 0,
+        slots: int, elsewhere: int = 0, outside: Outside | None = None,
     ) -> None:  # fmt: skip
         """``memory`` None: always ``slots``.  ``fixed``: bytes of that region when tokens come one by one.
 
-        ``elsewhere``: of these, what hot neurons take that are an accelerator's.
+        ``elsewhere``: of these, what hot neurons take that are an accelerator's.  ``outside``: of these, what
+        other processes take.
         """
         self._arch, self._g, self._chunk = arch, g, chunk
         self._fixed, self._memory, self._slots = fixed, memory, slots
         self._elsewhere = elsewhere
+        self.outside = outside or Outside(())
+
+    @property
+    def alone(self) -> bool:
+        """Whether no accelerator, and no other process, may still take what it was promised."""
+        return self._elsewhere == 0 and self.outside.planned() == 0
 
     def slots(self, tokens: int) -> int:
         """Of the neuron cache.  Raises BudgetError if that is less than an FFN."""

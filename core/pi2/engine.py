@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from pi2.api import Backend, CachePolicy, Plugin, Predictor, StorageTier
-from pi2.budget import DEFAULT_CONTEXT, GROUP
-from pi2.builtin.lru_policy import LruPolicy
+from pi2.budget import DEFAULT_CONTEXT, GROUP, Outside
+from pi2.builtin.lfu_policy import LfuPolicy
 from pi2.chat_template import render
 from pi2.config import Settings
 from pi2.container.reader import PiModel, open_model
@@ -98,7 +98,7 @@ class Engine:
             self._parts = {**self._parts, "backend": hybrid.accelerator, "cpu": backend}
             self._placed = Placed(model, hybrid, resident=offload is None)
         if offload is not None:
-            policy = policy or LruPolicy()
+            policy = policy or LfuPolicy()
             setup = self._offload_setup(backend, offload, policy, hybrid)
         self.decoder = self._open(storage, predictor, setup, hybrid)
 
@@ -109,6 +109,7 @@ class Engine:
         self.context = min(self.context or DEFAULT_CONTEXT, most)
         self._parts["policy"] = policy
         setup = Offload(options, policy, self.context, min(PREFILL_CHUNK, self.context), kv_dtype(backend))
+        computes = [(backend, self.model.resident_bytes)]
         if hybrid is not None and self._placed is not None:
             setup.options = dataclasses.replace(options, hot=0.0)  # they are the accelerator's
             setup.elsewhere = self._placed.nbytes
@@ -116,6 +117,8 @@ class Engine:
                 setup.kv = kv_dtype(hybrid.accelerator)
             if hybrid.options.prefill == "accelerator":
                 setup.dense = hybrid.accelerator
+            computes.append((hybrid.accelerator, self._placed.weights(self.model)))
+        setup.outside = Outside(computes)
         return setup
 
     def _open(
@@ -263,6 +266,8 @@ class Engine:
             "parts": {kind: part.describe() for kind, part in self._parts.items()},
             "checksums_verified": self.model.verified,
         }
+        if outside := Outside((part, 0) for part in self._parts.values() if isinstance(part, Backend))():
+            names["outside_bytes"] = outside
         if self.offloaded is not None:
             regions = self.offloaded.regions
             names["budget_bytes"] = regions.budget

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from pi2.api import Keys
 from pi2.container.layout import NEURONS
-from pi2.neuron_cache import hottest
 from pi2.statistics_file import STATISTICS, Statistics
 from pi2.tensor import Ids
 
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
     from pi2.container.reader import PiModel
 
 
-def activations(model: PiModel, notes: list[str]) -> NDArray[np.int64] | None:
-    """(layers, neurons): in how many single tokens each was active; None if that was not counted."""
+def activations(model: PiModel, notes: list[str]) -> tuple[NDArray[np.int64], int] | None:
+    """(layers, neurons): in how many single tokens each was active, and of how many; None if not counted."""
     path = model.path / STATISTICS
     counts = Statistics.load(path).counts if path.exists() else None
     if counts is None:
@@ -28,20 +27,12 @@ def activations(model: PiModel, notes: list[str]) -> NDArray[np.int64] | None:
     if not of_this or counts.counts.shape[::2] != (arch.n_layers, arch.n_neurons):
         notes.append(f"{STATISTICS} is of another model: it does not say which neurons are hot")
         return None
-    return counts.counts[:, 0]
+    return counts.counts[:, 0], int(counts.steps[0])
 
 
-def hot_neurons(model: PiModel, n: int, notes: list[str], even: bool = False) -> Keys:
-    """The ``n`` neurons most often active, of all FFNs; none without statistics.
-
-    ``even``: every so many-th neuron instead.
-    """
-    if n > 0 and even:
-        return (
-            np.arange(n, dtype=np.int64) * (model.architecture.n_layers * model.architecture.n_neurons) // n
-        )
-    counts = activations(model, notes) if n > 0 else None
-    return np.empty(0, np.int64) if counts is None else hottest(counts, n)
+def every_so_many(n: int, neurons: int) -> Keys:
+    """``n`` of all ``neurons`` of a model, whatever they do."""
+    return np.arange(n, dtype=np.int64) * neurons // max(1, n)
 
 
 def hottest_first(counts: NDArray[np.int64] | None, layers: int, neurons: int) -> list[Ids]:

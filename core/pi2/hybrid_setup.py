@@ -13,6 +13,7 @@ from pi2.errors import OptionError
 from pi2.ffns import Ffns
 from pi2.hot import HotClusters, activations, hottest_first
 from pi2.hybrid import HybridFfns, HybridOptions
+from pi2.inventory import dense_matrices
 from pi2.memory import give_back_unused
 from pi2.offload_setup import read_neurons
 from pi2.plugins import Plugins, probe
@@ -65,7 +66,8 @@ class HotPart:
         """``resident``: all weights are in memory."""
         arch = model.architecture
         self.notes: list[str] = []
-        counts = activations(model, self.notes)
+        counted = activations(model, self.notes)
+        counts = None if counted is None else counted[0]
         self.by_statistics = counts is not None
         if counts is None:
             self.notes.append(
@@ -91,6 +93,16 @@ class Placed:
         """Of their bundles."""
         self.options = options
         self._model, self._accelerator = model, hybrid.accelerator
+
+    def weights(self, model: PiModel) -> int:
+        """Bytes of all that the accelerator has at once, if FFNs stay on flash."""
+        nbytes, arch = self.nbytes, model.architecture
+        if self.options.attention == "accelerator":
+            names = (name for name in dense_matrices(arch) if ".attn." in name)
+            nbytes += sum(model.matrix(name).data.nbytes for name in names)
+        if self.options.prefill == "accelerator":
+            nbytes += arch.n_neurons * model.geometry.stride
+        return nbytes
 
     def place(self, tier: StorageTier | None) -> list[Any]:
         """A handle for each FFN.  ``tier``: where bundles are read from if none are in memory."""

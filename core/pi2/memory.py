@@ -36,8 +36,11 @@ def aligned_bytes(nbytes: int) -> U8:
     return raw[start : start + nbytes]
 
 
-def rss_bytes() -> int:
-    """Resident set of this process now; its peak where the system does not say."""
+def rss_bytes(process: int | None = None) -> int:
+    """Resident set of this process now, its peak where the system does not say; or of another, 0 then."""
+    if process is not None:
+        statm = Path(f"/proc/{process}/statm")
+        return int(statm.read_text().split()[1]) * mmap.PAGESIZE if statm.exists() else 0
     if _STATM.exists():
         return int(_STATM.read_text().split()[1]) * mmap.PAGESIZE
     return rss_peak_bytes()

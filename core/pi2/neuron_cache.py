@@ -50,6 +50,11 @@ class NeuronCache:
         """Neurons that have a slot."""
         return self.capacity - self._n_free
 
+    @property
+    def full(self) -> bool:
+        """Whether nearly every slot was in use, so that its memory is taken."""
+        return self._n_free <= 2 * (self.capacity // _BATCH)
+
     def keys(self, ffn: int, neurons: Ids) -> Keys:
         """Unique in the model."""
         return neurons.astype(np.int64) + ffn * self.neurons

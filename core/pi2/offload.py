@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pi2.container.reader import PiModel
 
 _RECENT = 8  # tokens at the end of a prompt whose neurons the next ones will probably want
+_MARGIN = 4 << 20  # bytes of the budget that are left for what a token may need
 
 
 class OffloadedFfns:
@@ -260,17 +261,23 @@ class OffloadedFfns:
             self.notes.append(note)
 
     def _stay_within_budget(self) -> None:
-        """The fixed region was estimated; if that was too low, the cold region shrinks."""
+        """The fixed region was estimated: the cold one gives what that was too low by, and takes the rest."""
         cache, budget = self.cache, self.options.memory
-        excess = 0 if budget is None else rss_bytes() - budget
-        if excess > 0:
-            least = cache.n_hot + cache.neurons
+        if budget is None:
+            return
+        stride, spare = cache.slab.shape[1], budget - rss_bytes() - self._room.outside()
+        if spare < 0:
             self._inside = True
-            self._room.correct(excess)
-            cache.resize(max(least, cache.capacity - -(-excess // cache.slab.shape[1])))
-            if cache.capacity == least:
+            least = cache.n_hot + cache.neurons
+            slots, planned = max(least, cache.capacity - -(spare // stride)), self._room.slots(1)
+            if slots < planned:
+                self._room.correct((planned - slots) * stride)
+            cache.resize(slots)
+            if slots == least:
                 self._note("more memory than the budget is in use: the estimate of the minimum was too low")
             self._inside = False
+        elif spare > _MARGIN and self._room.alone and self._tokens == 1 and cache.full:
+            cache.resize(cache.capacity + (spare - _MARGIN) // stride)
 
     def close(self) -> None:
         """End all reads and give the slab back."""

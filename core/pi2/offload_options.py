@@ -20,7 +20,7 @@ class OffloadOptions:
     hot: float | None = None
     """Share of each FFN, on average, that the model's statistics call hot and that never leaves the cache,
 
-    as far as there is room beside one whole FFN; None: nine tenths of that room."""
+    as far as there is room beside one whole FFN; None: four fifths of that room."""
     pipeline: str = "auto"
     """"native": the backend's own; "python": its slow twin; "auto": native where there is one."""
     two_phase: str = "auto"

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pi2.api import Backend, CachePolicy, Keys, Predictor, StorageTier
-from pi2.budget import GROUP, Room, batch_bytes, to_come, too_small
+from pi2.budget import GROUP, Outside, Room, batch_bytes, to_come, too_small
 from pi2.errors import BudgetError
-from pi2.hot import hot_neurons
+from pi2.hot import activations, every_so_many
 from pi2.kv_cache import KvDType
 from pi2.memory import aligned_bytes, give_back_unused, rss_bytes, rss_peak_bytes
-from pi2.neuron_cache import NeuronCache
+from pi2.neuron_cache import NeuronCache, hottest
 from pi2.offload import OffloadedFfns
 from pi2.offload_options import OffloadOptions
 from pi2.pipeline import bundle_ranges, read_ranges
-from pi2.powers import FfnPlace, SlotState, SupportsAsyncRead, SupportsOffload
+from pi2.powers import FfnPlace, SlotState, SupportsAsyncRead, SupportsOffload, SupportsPrior
 from pi2.tensor import U8, Ids
 
 if TYPE_CHECKING:
     from pi2.container.reader import PiModel
 
 _STAGING = 8 << 20  # bytes read at once
+_HOT = 8  # tenths of what an FFN leaves of the slots are never given up, unless the user says
 
 
 @dataclass(slots=True)
@@ -42,6 +43,8 @@ class Offload:
     """Bytes that other parts will take before the cache does: neurons that belong to an accelerator."""
     dense: Backend | None = None
     """Another backend, for the FFNs of many tokens."""
+    outside: Outside = field(default_factory=lambda: Outside(()))
+    """Other processes, whose memory is part of the budget."""
 
     @property
     def most(self) -> int:
@@ -57,7 +60,7 @@ def attach(model: PiModel, backend: Backend, predictor: Predictor, offload: Offl
     arch, g, memory = model.architecture, model.geometry, offload.options.memory
     own = predictor.offloaded_bytes(model) if isinstance(predictor, SupportsOffload) else 0
     if memory is not None:
-        fixed = rss_bytes() + model.resident_bytes + own + offload.elsewhere
+        fixed = rss_bytes() + model.resident_bytes + own + offload.elsewhere + offload.outside.planned()
         fixed += to_come(arch, offload.context, offload.kv) + batch_bytes(
             arch, g, offload.most, offload.chunk
         )
@@ -84,7 +87,8 @@ def open_ffns(
     """
     arch, g, options = model.architecture, model.geometry, offload.options
     give_back_unused()
-    fixed = rss_bytes() + to_come(arch, offload.context, offload.kv)
+    coming = to_come(arch, offload.context, offload.kv)
+    fixed = rss_bytes() + coming + offload.outside.planned()
     slots = min(options.slots or 1 << 62, arch.n_layers * arch.n_neurons)
     if slots < arch.n_neurons:
         raise BudgetError(f"{slots} slots cannot hold an FFN", hint=f"{arch.n_neurons} at least")
@@ -94,15 +98,26 @@ def open_ffns(
         chunk=offload.chunk,
         fixed=fixed,
         elsewhere=offload.elsewhere,
+        outside=offload.outside,
         memory=options.memory,
         slots=slots,
     )
     least, most = room.slots(offload.most), room.slots(1)
     notes: list[str] = []
     spare = least - arch.n_neurons
-    hot_slots = spare * 9 // 10 if options.hot is None else int(options.hot * arch.n_layers * arch.n_neurons)
-    hot = hot_neurons(model, min(spare, hot_slots), notes, options.keep == "even")
-    cache = NeuronCache(arch.n_layers, arch.n_neurons, g.stride, most, offload.policy)
+    every = arch.n_layers * arch.n_neurons
+    n_hot = max(0, min(spare, spare * _HOT // 10 if options.hot is None else int(options.hot * every)))
+    counted = activations(model, notes)
+    if counted is not None and isinstance(offload.policy, SupportsPrior):
+        shares = counted[0].reshape(-1) / max(1, counted[1])
+        offload.policy.expect(np.arange(every, dtype=np.int64), shares.astype(np.float32))
+    if options.keep == "even":
+        hot = every_so_many(n_hot, every)
+    else:
+        hot = np.empty(0, np.int64) if counted is None else hottest(counted[0], n_hot)
+    possible = most if options.memory is None else min(slots, most + coming // g.stride)
+    cache = NeuronCache(arch.n_layers, arch.n_neurons, g.stride, possible, offload.policy)
+    cache.resize(most)
     ffns = OffloadedFfns(model, backend, tier, predictor, cache, options, room, offload.dense)
     if not isinstance(tier, SupportsAsyncRead):
         notes.append(f"storage {tier.name} reads through the page cache and nothing ahead: this is slow")

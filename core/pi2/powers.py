@@ -158,6 +158,15 @@ class SupportsExpiry(Protocol):
 
 
 @runtime_checkable
+class SupportsPrior(Protocol):
+    """Optional power of a cache policy that gains from knowing beforehand how often neurons are used."""
+
+    def expect(self, keys: Keys, shares: F32) -> None:
+        """Each of ``keys`` was active in this share of the tokens that ``pi2 collect`` saw.  Comes first."""
+        ...
+
+
+@runtime_checkable
 class SupportsOffload(Protocol):
     """Optional power of a predictor that answers None while all weights are resident.
 

@@ -24,7 +24,7 @@ def test_a_budget_gives_the_same_text_and_says_what_it_was_used_for(toy):
     assert (result.exit_code, result.stdout) == (0, plain.stdout)
     lines = {line.split("  ")[0]: line for line in result.stderr.splitlines()}
     assert "2.0 GB" in lines["budget"]
-    assert "policy lru" in lines["budget"]
+    assert "policy lfu" in lines["budget"]
     assert {"hit rate", "read", "I/O wait"} <= set(lines)
     assert (
         "warning: storage mmap reads through the page cache and nothing ahead: this is slow" in result.stderr

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
 from pi2.api import Keys
 
 Indices = NDArray[np.int64]
+T = TypeVar("T", np.int64, np.float32, np.bool_)
 
 _PAGE = 1 << 12  # keys that get neighbouring indices
 _DIRECT = 1 << 16  # pages that are looked up in an array, without a dict: keys below 2^28
@@ -21,6 +24,12 @@ class KeyTable:
         """Indices in use; the arrays beside this table must be at least as long."""
         self._pages = np.full(16, -1, np.int64)  # page -> its first index, for pages below _DIRECT
         self._far: dict[int, int] = {}
+        self._page_of: list[int] = []  # page of every _PAGE indices
+
+    def keys(self, indices: Indices) -> Keys:
+        """The keys that have ``indices``, all of which are in use."""
+        found: Keys = np.array(self._page_of, np.int64)[indices // _PAGE] * _PAGE + indices % _PAGE
+        return found
 
     def index(self, keys: Keys) -> Indices:
         """The index of every key, known before or not."""
@@ -36,7 +45,7 @@ class KeyTable:
             firsts = self._pages[pages]
             if firsts.min() < 0:
                 for page in np.unique(pages[firsts < 0]).tolist():
-                    self._pages[page] = self._new_page()
+                    self._pages[page] = self._new_page(page)
                 firsts = self._pages[pages]
         found: Indices = firsts + (keys - pages * _PAGE)
         return found
@@ -48,7 +57,7 @@ class KeyTable:
             near = 0 <= page < len(self._pages)
             first = int(self._pages[page]) if near else self._far.get(page, -1)
             if first < 0:
-                first = self._new_page()
+                first = self._new_page(page)
                 if 0 <= page < _DIRECT:
                     self._pages = grown(self._pages, page + 1, fill=-1)
                     self._pages[page] = first
@@ -57,13 +66,14 @@ class KeyTable:
             firsts.append(first)
         return np.array(firsts, np.int64)[which]
 
-    def _new_page(self) -> int:
+    def _new_page(self, page: int) -> int:
         first = self.size
         self.size += _PAGE
+        self._page_of.append(page)
         return first
 
 
-def grown(array: NDArray[np.int64], size: int, *, fill: int = 0) -> NDArray[np.int64]:
+def grown(array: NDArray[T], size: int, *, fill: int = 0) -> NDArray[T]:
     """``array`` with at least ``size`` elements, by doubling, the new ones ``fill``."""
     if size <= len(array):
         return array

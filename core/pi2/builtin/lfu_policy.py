@@ -1,4 +1,4 @@
-"""Least frequently used, where old uses count less and less."""
+"""Least frequently used: what was counted before and what is used now, where old uses count less."""
 
 from __future__ import annotations
 
@@ -7,55 +7,73 @@ import numpy as np
 from pi2.api import CachePolicy, Keys, Probe
 from pi2.builtin.key_table import Indices, KeyTable, grown
 from pi2.errors import OptionError
+from pi2.tensor import F32
+
+_RESCALE = 1e12  # the weight of a use at which all scores are brought down again
 
 
 class LfuPolicy(CachePolicy):
-    """Counts uses; every ``half_life`` touches of an FFN (about that many tokens) all counts are halved.
+    """The residents that are used least often leave first; has ``SupportsPrior``.
 
-    Ties go to the smaller key.
+    A use counts half after ``half_life`` tokens, a quarter after twice as many; residents or not, so that
+    who comes back is known.  How often a neuron was used when that was counted weighs as much as its
+    uses of late.  Ties go to the smaller key.
     """
 
     name = "lfu"
 
-    def __init__(self, half_life: int = 64) -> None:
+    def __init__(self, half_life: int = 16) -> None:
         if half_life < 1:
             raise OptionError(f"a half-life of {half_life} tokens cannot be", hint="1 or more")
-        self._half_life = half_life
+        self._growth = 2 ** (1 / half_life)
         self._table = KeyTable()
-        self._counts = np.zeros(0, np.int64)  # by index, in 1/256 uses; 0: not here
-        self._keys = np.zeros(0, np.int64)
-        self._touches: dict[int, int] = {}
+        # By index.  Scores are kept in units that grow, instead of being halved all the time.
+        self._scores = np.zeros(0, np.float32)
+        self._prior = np.zeros(0, np.float32)
+        self._here = np.zeros(0, np.bool_)
+        self._unit = 1.0
+        self._last, self._several = -1, False
 
     @classmethod
     def probe(cls) -> Probe:
-        return Probe(4, "least frequently used, with ageing")
+        return Probe(12, "least frequently used, with ageing, from the counts of pi2 collect")
+
+    def expect(self, keys: Keys, shares: F32) -> None:
+        at = self._index(keys)
+        tokens = 1 / (1 - 1 / self._growth)  # that uses of late come from, weighed by age
+        self._prior[at] = shares * tokens
+        self._scores[at] = shares * (tokens * self._unit)
 
     def touch(self, ffn: int, keys: Keys) -> None:
-        at = self._grown(keys)
-        self._keys[at] = keys
-        self._counts[at] += 256
-        self._touches[ffn] = self._touches.get(ffn, 0) + 1
-        # All counts at once, when the most touched FFN says that it is time.
-        if self._touches[ffn] >= self._half_life:
-            self._touches.clear()
-            np.copyto(self._counts, np.maximum(self._counts >> 1, 1), where=self._counts > 0)
+        if ffn < self._last or not self._several:
+            self._next_token()
+        self._several |= self._last not in (-1, ffn)
+        self._last = ffn
+        at = self._index(keys)
+        self._scores[at] += np.float32(self._unit)
+        self._here[at] = True
 
     def victims(self, ffn: int, n: int) -> Keys:
-        here = np.flatnonzero(self._counts)
+        here = np.flatnonzero(self._here)
+        scores = self._scores[here] + self._prior[here] * np.float32(self._unit)
         if n < len(here):
-            counts = self._counts[here]
-            cut = np.partition(counts, n)[n] if n else 0
-            below = here[counts < cut]
-            ties = here[counts == cut]
-            ties = ties[np.argsort(self._keys[ties], kind="stable")][: max(0, n - len(below))]
-            here = np.concatenate((below, ties))
-        order = np.lexsort((self._keys[here], self._counts[here]))
-        return self._keys[here[order]]
+            least = np.argpartition(scores, n)[:n]
+            here, scores = here[least], scores[least]
+        keys = self._table.keys(here)
+        victims: Keys = keys[np.lexsort((keys, scores))]
+        return victims
 
     def evicted(self, keys: Keys) -> None:
-        self._counts[self._grown(keys)] = 0
+        self._here[self._index(keys)] = False
 
-    def _grown(self, keys: Keys) -> Indices:
+    def _next_token(self) -> None:
+        self._unit *= self._growth
+        if self._unit > _RESCALE:
+            self._scores /= np.float32(self._unit)
+            self._unit = 1.0
+
+    def _index(self, keys: Keys) -> Indices:
         at = self._table.index(keys)
-        self._counts, self._keys = (grown(a, self._table.size) for a in (self._counts, self._keys))
+        self._scores, self._prior = (grown(a, self._table.size) for a in (self._scores, self._prior))
+        self._here = grown(self._here, self._table.size)
         return at

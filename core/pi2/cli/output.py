@@ -112,12 +112,14 @@ def print_run(stats: RunStats, setup: dict[str, Any]) -> None:
     ttft = "-" if found["ttft_s"] is None else f"{found['ttft_s']:.2f} s"
     density = "-" if stats.density is None else f"{stats.density:.1%}"
     missed = "tokens" if "head" in setup["config"] else "neurons"
+    others = setup.get("outside_bytes")
+    beside = f"other processes have {human_bytes(others)}" if others else ""
     exactness = "as the dense model" if setup["lossless"] else f"lossy: {missed} may be missed"
     rows = [
         ("TTFT", ttft, f"prompt of {stats.prompt_tokens} tokens, {stats.prefilled_tokens} computed"),
         ("prefill", _rate(found["prefill_tps"]), ""),
         ("decode", _rate(found["decode_tps"]), decoded),
-        ("peak memory", human_bytes(rss_peak_bytes()), ""),
+        ("peak memory", human_bytes(rss_peak_bytes()), beside),
         ("density", density, "of the FFN neurons active while decoding"),
         ("parts", setup["backend"], f"storage {setup['storage']}, predictor {setup['predictor']}"),
         ("lossless", "yes" if setup["lossless"] else "no", exactness),

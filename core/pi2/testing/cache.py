@@ -9,6 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
+    initialize,
     invariant,
     precondition,
     rule,
@@ -17,6 +18,7 @@ from hypothesis.stateful import (
 from numpy.typing import NDArray
 
 from pi2.api import CachePolicy, Keys
+from pi2.powers import SupportsPrior
 from pi2.testing.plugin import PluginTests, examples
 
 N_FFNS = 3
@@ -43,6 +45,12 @@ class CachePolicyMachine(RuleBasedStateMachine):
         super().__init__()
         self.policy = type(self).open_policy()
         self.residents: set[int] = set()
+
+    @initialize(shares=st.lists(st.floats(0, 1, width=32), min_size=N_NEURONS, max_size=N_NEURONS))
+    def expect(self, shares: list[float]) -> None:
+        """What is known of neurons beforehand makes none of them resident."""
+        if isinstance(self.policy, SupportsPrior):
+            self.policy.expect(keys_of(0, list(range(N_NEURONS))), np.array(shares, np.float32))
 
     @rule(ffn=_ffns, neurons=_neurons)
     def touch(self, ffn: int, neurons: list[int]) -> None:

@@ -20,7 +20,7 @@ from pi2_backend_qnn.errors import NoDevice, QnnError
 from pi2_backend_qnn.ffn import Call, begin
 from pi2_backend_qnn.pack import outputs
 from pi2_backend_qnn.placed import Ffn, Matrix, rows_for
-from pi2_backend_qnn.programs import Programs
+from pi2_backend_qnn.programs import KEPT, Programs
 from pi2_backend_qnn.scaling import input_exponents, scaled
 from pi2_backend_qnn.tokens import finite_rows, pad, pieces
 
@@ -29,6 +29,10 @@ EMULATOR = "htp-emulator-x86"
 """What the worker calls the emulator; a device is "htp-device"."""
 
 
+_BASE = 250_000_000
+"""Bytes of a worker with Qualcomm's libraries, and what it computes in."""
+_COPY = {True: 18.0, False: 2.4}
+"""Bytes in the worker for one of our weights and graph: emulated, and not."""
 PlacedT = TypeVar("PlacedT", Matrix, Ffn)
 
 
@@ -99,6 +103,14 @@ class QnnBackend(Backend):
             "versions": dict(self._client.about["versions"]),
             "options": {**fixed, "cluster": self._cluster},
         }
+
+    def outside_bytes(self) -> int:
+        """The worker's; what it shares with this process is counted in both."""
+        return self._client.resident_bytes()
+
+    def outside_bytes_for(self, weights: int) -> int:
+        """Measured on the emulator (README.md); of a device nobody knows: as large as contexts become."""
+        return max(self.outside_bytes(), _BASE + int(weights * KEPT * _COPY[self.emulated]))
 
     def describe(self) -> str:
         what = "EMULATED by x86 code, no measure of speed" if self.emulated else "NPU"

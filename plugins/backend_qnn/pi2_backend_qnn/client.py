@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pi2.memory import rss_bytes
 
 from pi2_backend_qnn.errors import WorkerDied, WorkerTimeout, reason
 
@@ -60,6 +61,10 @@ class Client:
     def process_id(self) -> int | None:
         """Of the worker, if there is one."""
         return None if self._process is None else self._process.pid
+
+    def resident_bytes(self) -> int:
+        """Of the worker's memory."""
+        return 0 if self._process is None else rss_bytes(self._process.pid)
 
     def reuse(self) -> None:
         """Called before a request is put together: what others left in the shared memory may go, if all
@@ -114,7 +119,7 @@ class Client:
 
     def poll(self, ticket: int) -> bool:
         """Whether ``wait`` would return, or raise, at once."""
-        while ticket in self._asked and self._process and select.select([self._socket], [], [], 0)[0]:
+        while ticket in self._asked and self._heard():
             self._read_one()
         return ticket not in self._asked
 
@@ -173,6 +178,10 @@ class Client:
             self._unwanted.remove(ticket)
         else:
             self._answered[ticket] = reply
+
+    def _heard(self) -> bool:
+        """Whether there is something to read, or was read already with an earlier answer."""
+        return b"\n" in self._rest or bool(select.select([self._socket], [], [], 0)[0])
 
     def _read_line(self, deadline: float) -> bytes:
         end = time.monotonic() + deadline

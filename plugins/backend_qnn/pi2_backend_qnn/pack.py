@@ -17,6 +17,7 @@ from pi2_backend_qnn.errors import GraphRefused
 BITS = {"q4_0": 4, "q8_0": 8}
 SHRINKS = {"f32": 2}
 """Bytes of ours for one of QNN's; other weights are as large there."""
+_ROUNDED = np.float32(1 + 2**-12)  # more than float32 loses of a sum
 _LARGEST = {"q4_0": 8, "q8_0": 128}  # magnitude of a quant
 
 
@@ -43,17 +44,29 @@ def quants_of(data: U8, dtype: DType) -> Quants:
     return Quants(nibbles.reshape(len(data), -1).astype(np.int8) - np.int8(8), scales, bits)
 
 
-def magnitudes(data: U8, dtype: DType) -> F32:
-    """Of the rows (n, row_bytes), what no weight exceeds, (n,).  Raises GraphRefused if one is not finite."""
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of rows of weights: what no weight exceeds, (n,), and what no row's 2-norm exceeds, (n,)."""
+
+    largest: F32
+    norms: F32
+
+
+def sizes_of(data: U8, dtype: DType) -> Sizes:
+    """Of the rows (n, row_bytes).  Raises GraphRefused if a weight is not finite."""
     if dtype in BITS and data.size:
-        largest: F32 = np.abs(quants_of(data, dtype).scales).max(axis=1, initial=0) * np.float32(
-            _LARGEST[dtype]
-        )
+        q = quants_of(data, dtype)
+        blocks = q.quants.reshape(*q.scales.shape, BLOCK).astype(np.float32)
+        parts = q.scales * np.sqrt(np.square(blocks).sum(axis=2))  # 2-norms of blocks
+        largest = np.abs(q.scales).max(axis=1, initial=0) * np.float32(_LARGEST[dtype])
     else:
-        largest = np.abs(decode(data, dtype)).max(axis=1, initial=0)
+        parts = decode(data, dtype)
+        largest = np.abs(parts).max(axis=1, initial=0)
     if not np.isfinite(largest).all():
         raise GraphRefused("a weight is not finite", hint="convert the model again")
-    return largest
+    unit = np.where(largest > 0, largest, np.float32(1))[:, None]  # squares neither overflow nor vanish
+    parts = parts / unit
+    return Sizes(largest, largest * np.sqrt(np.square(parts).sum(axis=1)) * _ROUNDED)
 
 
 def exponent(largest: F32) -> int:

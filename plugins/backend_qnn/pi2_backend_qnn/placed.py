@@ -71,7 +71,7 @@ class Matrix(Placed):
 
     @cached_property
     def exponent(self) -> int:
-        return pack.exponent(pack.magnitudes(self.weight.data, self.weight.dtype))
+        return pack.exponent(pack.sizes_of(self.weight.data, self.weight.dtype).largest)
 
     @cached_property
     def digest(self) -> str:
@@ -95,14 +95,14 @@ class Ffn(Placed):
 
     def __post_init__(self) -> None:
         geometry = self.spec.geometry
-        largest = {}
+        sizes = {}
         for name in ("gate", "up", "down"):
             if (dtype := getattr(geometry, name)) is not None:
                 offset, size = geometry.segments()[name]
-                largest[name] = pack.magnitudes(self.bundles[:, offset : offset + size], dtype)
-        self.exponents = {name: pack.exponent(each) for name, each in largest.items()}
+                sizes[name] = pack.sizes_of(self.bundles[:, offset : offset + size], dtype)
+        self.exponents = {name: pack.exponent(each.largest) for name, each in sizes.items()}
         biases: F32 | None = geometry.unpack_segment(self.bundles, "bias") if geometry.biased else None
-        self.scaling = FfnScaling.of(self.spec, largest, self.exponents, biases)
+        self.scaling = FfnScaling.of(self.spec, sizes, self.exponents, biases)
 
     def __str__(self) -> str:
         return f"these {self.neurons} neurons"

@@ -5,7 +5,14 @@ that; of SiLU and GELU, which are g * share(g), only the share is asked for the 
 multiplied back in float32, so that all this is exact.
 
 Below 1, what few and weak neurons give together can be lost: fp16 has nothing between 0 and 2**-24.  So
-tokens are multiplied by 2**lift, as far as no neuron that takes part, nor their sum, can exceed fp16.
+tokens are multiplied by 2**lift, as far as no neuron that takes part, nor their sum, can exceed 2**15: a dot
+product is at most the largest weight times the token's 1-norm, and at most the product of both 2-norms.
+A lift is a whole number and counts k times, k factors in a hidden value, so that these can reach 2**(15 - k)
+at least, if the lift is not at its end.  What that leaves to be lost, beside the tolerance:
+
+    weights    2**-25 of the power of two that all weights of a matrix are below
+    results    2**(k - 39) of the largest that a hidden value could be, times that power of two of ``down``:
+               half of 2**-24, both for hidden values and for their sum
 """
 
 from __future__ import annotations
@@ -17,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pi2.api import FfnSpec
 from pi2.tensor import F32
+
+from pi2_backend_qnn.pack import Sizes
 
 Exponents = NDArray[np.int32]
 """(n,), one a token."""
@@ -40,6 +49,40 @@ def scaled(x: F32, e: Exponents) -> F32:
 
 
 @dataclass(frozen=True, slots=True)
+class _Bounds:
+    """What neurons can give a token whose norm is 1, if "ones" is at most 1."""
+
+    order: int
+    """Which norm."""
+    stages: tuple[tuple[int, F32], ...]
+    """Of dot products, activations and hidden values: how often e counts, and what none exceeds, (k,)."""
+    shares: F32
+    """What each neuron adds to a number of the result at most, (k,)."""
+
+    @classmethod
+    def of(cls, order: int, weights: Mapping[str, F32], added: F32, down: F32, square: bool) -> _Bounds:
+        """``weights``: the dual norms, (k,), of "up", and of "gate" if there is one; ``added``: what their
+        biases are at most, (2, k), up last; ``down``: the largest magnitudes, (k,).
+        """
+        up = weights["up"] + added[-1]
+        dots = weights["gate"] + added[0] if "gate" in weights else up
+        act = dots ** (1 + square)
+        hidden = act * up if "gate" in weights else act
+        times = 1 + square + ("gate" in weights)
+        return cls(order, ((1, np.maximum(dots, up)), (1 + square, act), (times, hidden)), hidden * down)
+
+    def room(self, x: F32, ones: F32, count: int) -> F32:
+        """By which powers of two tokens (n, d) and their ``ones`` (n,) can be multiplied, (n,)."""
+        most = [(times, values[:count].max(initial=0)) for times, values in self.stages]
+        most.append((self.stages[-1][0], self.shares[:count].sum()))
+        sizes = np.maximum(np.linalg.norm(x, self.order, axis=1), ones)
+        with np.errstate(divide="ignore"):
+            rooms = [(_MOST - np.log2(value)) / times for times, value in most]
+            room: F32 = np.float32(min(rooms)) - np.log2(sizes)
+        return room
+
+
+@dataclass(frozen=True, slots=True)
 class FfnScaling:
     """How the exponents of an FFN's weights add up.  ``bias``: the least e for its biases, if it has any."""
 
@@ -50,45 +93,38 @@ class FfnScaling:
     factor: int
     """How often e counts in the result."""
     bias: int | None
-    bounds: tuple[tuple[int, F32], ...]
-    """Of dot products, activations and hidden values: how often e counts, and what none exceeds, (k,), if the
-    magnitudes of a token add up to 1, and "ones" is at most 1."""
-    shares: F32
-    """What each neuron adds to a number of the result at most then, (k,)."""
+    bounds: tuple[_Bounds, ...]
+    """For the 1-norm and the 2-norm of tokens."""
 
     @classmethod
     def of(
-        cls, spec: FfnSpec, largest: Mapping[str, F32], exponents: Mapping[str, int], biases: F32 | None
+        cls, spec: FfnSpec, sizes: Mapping[str, Sizes], exponents: Mapping[str, int], biases: F32 | None
     ) -> FfnScaling:
-        """``largest``: what no weight of a neuron exceeds, (k,) for each part; ``biases`` (k, 1 or 2)."""
+        """``sizes``: of each part's weights, by neuron; ``biases`` (k, 1 or 2)."""
         gated, square = spec.geometry.gate is not None, spec.activation == "relu2"
         pre = exponents["gate" if gated else "up"]
         fixed = pre * (1 + square) + exponents["down"] + (exponents["up"] if gated else 0)
         bias = None
+        added = np.zeros((2, len(sizes["up"].largest)), np.float32)
         if biases is not None:
             least = min(exponents["up"], pre)
             bias = max(_ONES, int(np.frexp(np.abs(biases).max(initial=0))[1]) - least - 4)
-        most = {name: np.ldexp(each, -exponents[name]) for name, each in largest.items()}
-        added = np.zeros((len(most["up"]), 1), np.float32) if biases is None else np.abs(biases)
-        up = most["up"] + np.ldexp(added[:, -1], -exponents["up"])
-        dots = most["gate"] + np.ldexp(added[:, 0], -pre) if gated else up
-        act = dots ** (1 + square)
-        hidden = act * up if gated else act
-        factor = 1 + square + gated
-        bounds = ((1, np.maximum(dots, up)), (1 + square, act), (factor, hidden))
-        return cls(pre, fixed, factor, bias, bounds, hidden * most["down"])
+            added = np.ldexp(np.abs(biases[:, [0, -1]]).T, [[-pre], [-exponents["up"]]]).astype(np.float32)
+        down = np.ldexp(sizes["down"].largest, -exponents["down"])
+        bounds = []
+        for order, which in ((1, "largest"), (2, "norms")):
+            dots = {n: np.ldexp(getattr(sizes[n], which), -exponents[n]) for n in sizes if n != "down"}
+            bounds.append(_Bounds.of(order, dots, added, down, square))
+        return cls(pre, fixed, 1 + square + gated, bias, tuple(bounds))
 
     def lift(self, x: F32, e: Exponents, count: int) -> Exponents:
         """The powers of two, at least 0, that tokens (n, d) divided by 2**e can be multiplied by if the
         first ``count`` neurons may take part.  A token's own, whatever else is computed: the same bits.
         """
-        most = [(times, values[:count].max(initial=0)) for times, values in self.bounds]
-        most.append((self.factor, self.shares[:count].sum()))
-        room = min((_MOST - int(np.frexp(value)[1])) // times for times, value in most)
-        sizes = np.abs(scaled(x, -e)).sum(axis=1)
-        if self.bias is not None:
-            sizes = np.maximum(sizes, np.ldexp(np.float32(1), -e))
-        lift: Exponents = np.clip(room - np.frexp(sizes)[1], 0, _MOST).astype(np.int32)
+        small = scaled(x, -e)
+        ones = np.zeros(len(x), np.float32) if self.bias is None else np.ldexp(np.float32(1), -e)
+        rooms = [bounds.room(small, ones, count) for bounds in self.bounds]
+        lift: Exponents = np.clip(np.floor(np.maximum(*rooms)), 0, _MOST).astype(np.int32)
         return lift
 
     def inputs(self, x: F32, spec: FfnSpec, count: int) -> tuple[Exponents, dict[str, F32]]:

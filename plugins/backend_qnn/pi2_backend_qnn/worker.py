@@ -26,6 +26,7 @@ import onnxruntime_qnn as provider
 from numpy.typing import NDArray
 from pi2.api import FfnSpec
 from pi2.bundle import BundleGeometry
+from pi2.memory import give_back_unused
 from pi2.tensor import DType, Tensor
 from pi2.threads import lock, run_together
 
@@ -116,6 +117,7 @@ class Worker:
         """A session of the graph; ``save``: a file to write its context beside, and nothing to run."""
         if save is None:
             self._keep(number, self._session(model))
+            give_back_unused()
             return
         entries = {"context_enable": "1", "context_file_path": save, "context_embed_mode": "0"}
         self._session(model, {f"ep.{key}": value for key, value in entries.items()})
@@ -124,6 +126,7 @@ class Worker:
         """A session all of whose nodes are QNN's.  Raises whatever ONNX Runtime raises."""
         options = ort.SessionOptions()
         options.log_severity_level = 2
+        options.intra_op_num_threads = 1  # nothing is the CPU's; else each session starts threads
         entries = {
             "session.disable_cpu_ep_fallback": "1",
             "session.record_ep_graph_assignment_info": "1",

@@ -5,13 +5,15 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
+from pi2.activations import hidden
 from pi2.api import FfnSpec
 from pi2.bundle import BundleGeometry
 from pi2.tensor import Tensor, encode
 from pi2.testing import BackendTests, reference
 from pi2.testing.plugin import examples
+from pi2.testing.reference import Expected
 from pi2.testing.strategies import generators
 from pi2_backend_qnn import selftest
 from pi2_backend_qnn.backend import QnnBackend
@@ -21,6 +23,7 @@ from pi2_backend_qnn.placed import ROWS
 from pi2_backend_qnn.probe import probe
 
 CLUSTER = 32
+NORMS = ((1, np.inf), (2, 2))  # and their duals
 emulated = pytest.mark.skipif(not probe(), reason=probe().reason)
 
 
@@ -149,6 +152,7 @@ def test_hot_neurons_here_and_cold_ones_elsewhere_are_the_dense_ffn(backend, hot
     activation=st.sampled_from(("relu", "relu2", "silu")),
     weak=st.integers(-7, 0),
 )
+@example(np.random.default_rng(4373), True, "relu2", -3)  # a weight 2**-25 of the largest
 def test_a_neuron_that_is_weak_beside_the_others_is_not_lost(backend, rng, gated, activation, weak):
     """Its product, squared perhaps, would be below what fp16 can hold if only the others set the scale."""
     geometry = BundleGeometry(64, "f32" if gated else None, "f32", "f32")
@@ -160,9 +164,25 @@ def test_a_neuron_that_is_weak_beside_the_others_is_not_lost(backend, rng, gated
     x = rng.standard_normal((1, 64), dtype=np.float32)
     handle, out = backend.place_ffn(bundles, spec), np.full_like(x, np.nan)
     backend.finish_ffn(backend.begin_ffn(handle, x, 1), out)
-    expected = reference.ffn(geometry.unpack(bundles[:1]), spec, x, QnnBackend.tolerance)
-    assert expected.output.accepts(out)
+    neurons = geometry.unpack(bundles[:1])
+    expected = reference.ffn(neurons, spec, x, QnnBackend.tolerance).output
+    largest = np.abs(geometry.unpack(bundles).down).max()
+    assert Expected(expected.values, expected.bound + lost(neurons, spec, x, largest)).accepts(out)
     backend.release(handle)
+
+
+def lost(neurons, spec, x, largest):
+    """What fp16 can lose of one neuron's output, as ``pi2_backend_qnn.scaling`` derives it.
+
+    ``largest``: of all weights of ``down``.
+    """
+    dots = [w for w in (neurons.gate, neurons.up) if w is not None]
+    factors = [dots[0]] * (2 if spec.activation == "relu2" else 1) + dots[1:]
+    norms = [[np.linalg.norm(x, n) * np.linalg.norm(w[0], dual) for w in factors] for n, dual in NORMS]
+    gate = None if neurons.gate is None else x @ neurons.gate.T
+    h = np.abs(hidden(spec, gate, x @ neurons.up.T)).item()
+    most = 2.0 ** (len(factors) - 39) * min(np.prod(each) for each in norms)
+    return 2.0 ** np.frexp(largest)[1] * (2.0**-25 * h + most)
 
 
 @emulated

@@ -1,18 +1,16 @@
 """Whole models on the emulator: alone, and with the hot clusters there and the rest on the CPU."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 from command_line import pi2
-from pi2.builtin.mmap_tier import MmapTier
-from pi2.container.reader import open_model
 from pi2.engine import Engine
-from pi2.errors import PluginError
+from pi2.errors import BudgetError, PluginError
 from pi2.hybrid import HybridOptions
-from pi2.model_choice import find_model
+from pi2.memory import rss_bytes
 from pi2.offload_options import OffloadOptions
-from pi2.plugins import Plugins
 from pi2.sampling import Sampling
 from pi2.testing.models import toy_architecture, write_toy_model
 from pi2_backend_qnn.backend import QnnBackend
@@ -93,6 +91,27 @@ def test_hot_neurons_come_from_flash_where_the_rest_stays(model, dense):
         assert tokens(engine) == dense[1]
 
 
+def test_the_memory_of_the_process_with_qnn_counts_in_the_budget(model):
+    shared = HybridOptions(hot=0.6, cluster=32)
+
+    def opened(memory):
+        offload = OffloadOptions(memory=memory)
+        return Engine.open(
+            model, backend=QNN, cold="numpy", predictor="exact", hybrid=shared, offload=offload, context=64
+        )
+
+    with opened(2 * 10**9) as engine:
+        tokens(engine)
+        taken, budget = engine.setup()["outside_bytes"], engine.setup()["budget_bytes"]
+        assert taken == engine.hybrid._accelerator.outside_bytes() > 50 * 10**6
+        assert engine.offloaded.regions.fixed >= rss_bytes() + taken
+        assert rss_bytes() + taken <= budget
+        assert engine.hybrid._accelerator.outside_bytes_for(0) >= taken
+        least = rss_bytes()
+    with pytest.raises(BudgetError), opened(least + 200 * 10**6):
+        pass
+
+
 @pytest.mark.parametrize("lost", ["stop", "cpu"])
 def test_an_npu_that_is_lost_stops_the_engine_or_leaves_it_to_the_cpu_aloud(model, dense, lost):
     import os
@@ -123,24 +142,38 @@ def test_figures_of_speed_are_left_out(model):
     assert [said[name] for name in speed] == [None] * 4
 
 
-def test_ffns_of_the_default_model_are_right_for_the_inputs_that_they_get():
-    """The first, a middle and the last one, on what the text makes of the layers before them."""
-    model = open_model(find_model("smollm2-relu", Plugins.installed()), tier := MmapTier.open())
-    seen = {}
-    with Engine.open(str(model.path), backend="numpy", predictor="exact", context=64) as engine:
-        engine.decoder.observer = lambda ffn, x: seen.setdefault(ffn, x.copy())
-        engine.logits(engine.encode("The capital of France is"))
-        spec, backend = engine.decoder.ffns._ffns[0].spec, QnnBackend.open({"emulator": "on"})
-        numpy = engine.backend
-        for ffn in (0, 14, 29):
-            x, bundles = seen[ffn], model.bundles(ffn)
-            here, there = np.empty_like(x), np.empty_like(x)
-            backend.ffn(backend.place_ffn(bundles, spec), x, here)
-            numpy.ffn(numpy.place_ffn(bundles, spec), x, there)
-            assert far(here, there) < QnnBackend.tolerance
-        backend.close()
-    model.close()
-    tier.close()
+def test_all_logits_of_the_default_model_are_the_dense_ones():
+    """A prompt whose FFNs are all the emulator's, then single tokens at three shares of hot neurons."""
+    shares = (0.25, 0.5, 0.75)
+    with Engine.open("smollm2-relu", backend="numpy", predictor="exact", context=64) as engine:
+        ids = engine.encode("The capital of France is Paris, and that of Italy is")[:12]
+        want = engine.logits(ids)
+    shared = HybridOptions(hot=shares[0], most=1.0, prefill="accelerator")
+    qnn = "qnn:emulator=on,cluster=384"
+    with Engine.open(
+        "smollm2-relu", backend=qnn, cold="numpy", predictor="exact", context=64, hybrid=shared
+    ) as engine:
+        session, hybrid = engine.session(), engine.hybrid
+        got, counts = [session.logits(ids[:-3])], []
+        for token, share in zip(ids[-3:], shares, strict=True):
+            hybrid.set_share(share)
+            wait_for_graphs(hybrid)
+            got.append(session.logits([token]))
+            counts.append({hybrid.hot.count(ffn) for ffn in range(30)})
+        assert counts == [{round(1536 * share)} for share in shares]
+        assert engine.setup()["hybrid"]["graphs"]["used"] == 30 * 4
+    logits = np.concatenate(got)
+    assert (np.linalg.norm(logits - want, axis=1) < QnnBackend.tolerance * np.linalg.norm(want, axis=1)).all()
+    assert np.array_equal(logits.argmax(axis=1), want.argmax(axis=1))
+
+
+def wait_for_graphs(hybrid):
+    """Those of a single token, for the share that was asked for."""
+    count, power = hybrid.hot.neurons(hybrid.share), hybrid._accelerator
+    end = time.monotonic() + 120
+    while not all(power.prepare_ffn(handle, 1, count) for handle in hybrid._placed):
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_pi2_eval_leaves_them_out_too(model, tmp_path):

@@ -156,7 +156,9 @@ def test_packing_changes_no_weight(dtype, seed, power):
         packed = np.stack((packed & 15, packed >> 4), axis=-1)
     quants = packed.reshape(5, -1, 32).astype(np.float32) - 2 ** (q.bits - 1)
     assert np.array_equal((quants * q.scales[:, :, None]).reshape(5, 96), tensor.to_f32())
-    largest = pack.magnitudes(tensor.data, dtype)
+    sizes = pack.sizes_of(tensor.data, dtype)
+    largest = sizes.largest
+    assert np.allclose(sizes.norms, np.linalg.norm(tensor.to_f32(), axis=1), rtol=1e-3)
     assert (np.abs(tensor.to_f32()).max(axis=1) <= largest).all()
     e = pack.exponent(largest)
     assert np.abs(tensor.to_f32()).max() < 2.0**e
@@ -185,7 +187,7 @@ def test_tokens_are_scaled_without_loss(seed, power):
     power=st.integers(-30, 30),
 )
 def test_lifted_tokens_stay_within_fp16(rng, activation, gated, biased, weak, power):
-    """Whatever the tokens are, even those that agree best with the weights."""
+    """Whatever the tokens are, even those that agree best with the weights: signs, and weights themselves."""
     geometry = BundleGeometry(8, "f32" if gated else None, "f32", "f32", biased=biased)
     bundles, spec = np.zeros((5, geometry.stride), np.uint8), FfnSpec(geometry, activation)
     for part in geometry.segments():
@@ -193,7 +195,8 @@ def test_lifted_tokens_stay_within_fp16(rng, activation, gated, biased, weak, po
         geometry.pack_into(bundles, part, np.ldexp(values, [[weak], [weak], [0], [0], [0]]))
     ffn = Ffn(bundles=bundles, spec=spec, cluster=32)
     n = geometry.unpack(bundles[:2])
-    x = np.ldexp(np.sign(np.concatenate((n.up, n.up if n.gate is None else n.gate))), power)
+    rows = np.concatenate((n.up, n.up if n.gate is None else n.gate))
+    x = np.ldexp(np.concatenate((np.sign(rows), rows)), power)
     e, fed = ffn.scaling.inputs(x, spec, 2)
     ones = fed.get("ones", np.zeros((len(x), 1), np.float32)).astype(np.float64)
 
@@ -212,4 +215,4 @@ def test_lifted_tokens_stay_within_fp16(rng, activation, gated, biased, weak, po
 
 def test_weights_that_are_not_finite_are_refused():
     with pytest.raises(errors.GraphRefused, match="not finite"):
-        pack.magnitudes(encode(np.full((1, 4), np.inf, np.float32), "f16"), "f16")
+        pack.sizes_of(encode(np.full((1, 4), np.inf, np.float32), "f16"), "f16")

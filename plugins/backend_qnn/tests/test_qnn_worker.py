@@ -110,6 +110,14 @@ def test_ctrl_c_leaves_nothing_behind(backend):
     assert backend._client._used == 0
 
 
+def test_answers_that_come_together_are_all_noticed(backend):
+    client = backend._client
+    tickets = [client.ask({"do": "numbers"}) for _ in range(3)]
+    time.sleep(0.3)  # until all are there
+    assert until(lambda: all(client.poll(ticket) for ticket in tickets))
+    assert [client.wait(ticket).values for ticket in tickets] == [{"numbers": []}] * 3
+
+
 def test_a_worker_does_not_outlive_who_started_it():
     program = (
         "import os; from pi2_backend_qnn.backend import QnnBackend as B; b = B.open({'emulator': 'on'});"

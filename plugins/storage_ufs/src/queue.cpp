@@ -40,7 +40,7 @@ int32_t Queue::wait(int64_t id, double seconds, pi2_storage_failure* failure) {
   const std::shared_ptr<Ticket> ticket = found->second;
   const auto over = [&] { return ticket->left == 0 || broken_ != 0; };
   const std::chrono::duration<double> limit(seconds < 0 ? deadline_ : std::min(seconds, 1e8));
-  done_.wait_for(lock, std::chrono::duration_cast<Clock::duration>(limit), over);
+  if (seconds != 0) done_.wait_for(lock, std::chrono::duration_cast<Clock::duration>(limit), over);
   if (ticket->left > 0 && broken_ == 0) {
     if (seconds >= 0) return PI2_STORAGE_PENDING;
     drop(ticket.get());

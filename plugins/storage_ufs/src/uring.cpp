@@ -22,7 +22,7 @@
 namespace pi2 {
 namespace {
 
-constexpr int64_t kSlot = 64 * 1024;  // bytes of a registered buffer
+constexpr int64_t kSlot = 16 * 1024;  // bytes of a registered buffer
 constexpr int kFiles = 64;            // registered files; those beyond are read by descriptor
 constexpr int kShare = 8;      // of what is in flight, one part is waited for while there is more to send
 constexpr uint64_t kWake = 0;  // user_data of the poll on the event; operations have their address
@@ -141,6 +141,7 @@ class Uring final : public Engine {
 
   int error() const { return ring_.error() != 0 ? ring_.error() : event_ < 0 ? EMFILE : 0; }
   void wake() override {
+    if (woken_.exchange(true)) return;  // it has not looked since somebody else did
     const uint64_t one = 1;
     while (write(event_, &one, sizeof one) < 0 && errno == EINTR) {
     }
@@ -165,7 +166,7 @@ class Uring final : public Engine {
   Queue& queue_;
   Ring ring_;
   int event_, depth_ = 0, flying_ = 0;
-  std::atomic<bool> files_{false};
+  std::atomic<bool> files_{false}, woken_{false};
   std::unique_ptr<uint8_t[], FreeAligned> arena_;  // (depth, kSlot)
   std::vector<int> slots_;                         // free ones
   std::thread thread_;
@@ -224,6 +225,7 @@ void Uring::answer(const io_uring_cqe& cqe) {
     uint64_t calls;
     while (read(event_, &calls, sizeof calls) < 0 && errno == EINTR) {
     }
+    woken_.exchange(false);  // before it looks for work, which comes after this
     return listen();
   }
   Op op(reinterpret_cast<Operation*>(cqe.user_data));
