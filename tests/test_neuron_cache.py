@@ -28,6 +28,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
+        self.touched = set()
         self.most = NEURONS + self.hot + 3
         self.cache = NeuronCache(FFNS, NEURONS, STRIDE, self.most, self.policy.open())
         slots = self.cache.keep(np.arange(self.hot, dtype=np.int64))
@@ -80,6 +81,8 @@ class CacheMachine(RuleBasedStateMachine):
         assert [slot for f, n, slot in seated if f == 0 and n < self.hot] == list(range(self.hot))
         cold = {f * NEURONS + n for f, n, slot in seated if slot >= self.hot}
         assert set(cache.policy.victims(0, 10**6).tolist()) == cold
+        self.touched = {s for s in self.touched | {slot for *_, slot in seated} if s < cache.capacity}
+        assert cache.untouched == cache.capacity - len(self.touched)
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=list(POLICIES))

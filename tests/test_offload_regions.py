@@ -166,12 +166,13 @@ def test_what_the_estimate_left_of_the_budget_becomes_slots(monkeypatch):
         monkeypatch.setattr(offload_module, "rss_bytes", lambda: 10**9 - margin - 10 * stride - stride // 2)
         ffns.options = OffloadOptions(memory=10**9)
         ffns.take_count()
-        assert not cache.full  # memory that is not taken yet is not left over
+        assert cache.untouched > 10  # memory that is not taken yet is not left over
         assert cache.capacity == toys.NEURONS + 40
         got = toys.logits(engine, [1], list(range(30)))
-        assert cache.full
+        left = cache.untouched
+        assert left <= 1
         ffns.take_count()
-        assert cache.capacity == toys.NEURONS + 50
+        assert cache.capacity == toys.NEURONS + 50 - left
     with toys.engine("relu") as engine:
         assert got.tobytes() == toys.logits(engine, [1], list(range(30))).tobytes()
 

@@ -43,7 +43,7 @@ class NeuronCache:
         self._key_of = np.full(slots, -1, np.int64)
         self._free: Ids = np.arange(slots - 1, -1, -1, dtype=np.int32)  # a stack, its top at _n_free - 1
         self._n_free = slots
-        self._pinned = np.zeros(slots, np.bool_)
+        self._pinned, self._touched = np.zeros(slots, np.bool_), np.zeros(slots, np.bool_)
 
     @property
     def resident(self) -> int:
@@ -51,9 +51,9 @@ class NeuronCache:
         return self.capacity - self._n_free
 
     @property
-    def full(self) -> bool:
-        """Whether nearly every slot was in use, so that its memory is taken."""
-        return self._n_free <= 2 * (self.capacity // _BATCH)
+    def untouched(self) -> int:
+        """Slots in which nothing was yet, so that they take no memory."""
+        return self.capacity - int(np.count_nonzero(self._touched[: self.capacity]))
 
     def keys(self, ffn: int, neurons: Ids) -> Keys:
         """Unique in the model."""
@@ -144,6 +144,7 @@ class NeuronCache:
 
     def _give_back(self, first: int) -> None:
         start = -(-first * self.slab.shape[1] // mmap.PAGESIZE) * mmap.PAGESIZE
+        self._touched[first:] = False
         if start < len(self._memory) and hasattr(mmap, "MADV_DONTNEED"):
             self._memory.madvise(mmap.MADV_DONTNEED, start)
 
@@ -151,6 +152,7 @@ class NeuronCache:
         self._by_key[keys] = slots
         self._key_of[slots] = keys
         self.states[slots] = SlotState.EMPTY
+        self._touched[slots] = True
 
     def _take(self, ffn: int, n: int, spare: Ids) -> Ids:
         """Up to ``n`` free slots, after evictions from others than the cold slots ``spare``."""

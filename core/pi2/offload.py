@@ -276,8 +276,8 @@ class OffloadedFfns:
             if slots == least:
                 self._note("more memory than the budget is in use: the estimate of the minimum was too low")
             self._inside = False
-        elif spare > _MARGIN and self._room.alone and self._tokens == 1 and cache.full:
-            cache.resize(cache.capacity + (spare - _MARGIN) // stride)
+        elif self._tokens == 1 and self._room.alone:
+            cache.resize(cache.capacity + max(0, (spare - _MARGIN) // stride - cache.untouched))
 
     def close(self) -> None:
         """End all reads and give the slab back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,10 +11,13 @@ from typing import Any, TypeVar
 import numpy as np
 from pi2.accelerator import FfnDone, ToPlace
 from pi2.api import Backend, FfnSpec, Probe
+from pi2.attention import AttentionSpec
 from pi2.errors import OptionError
+from pi2.kv_cache import Kv
 from pi2.tensor import BLOCK, F32, U8, Ids, Tensor
 
-from pi2_backend_qnn import host, probe, targets
+from pi2_backend_qnn import attention, host, probe, targets
+from pi2_backend_qnn.attention import Attention
 from pi2_backend_qnn.client import Client
 from pi2_backend_qnn.contexts import FORMAT, Contexts, bytes_of, compile_all
 from pi2_backend_qnn.errors import NoDevice, QnnError
@@ -34,6 +38,15 @@ _BASE = 250_000_000
 _COPY = {True: 18.0, False: 2.4}
 """Bytes in the worker for one of our weights and graph: emulated, and not."""
 PlacedT = TypeVar("PlacedT", Matrix, Ffn)
+
+
+@dataclass(frozen=True, slots=True)
+class Matrices:
+    """An attention block of which there are contexts."""
+
+    spec: AttentionSpec
+    placed: dict[str, Matrix]
+    """q, k, v, o."""
 
 
 class QnnBackend(Backend):
@@ -184,6 +197,27 @@ class QnnBackend(Backend):
             return 0
         return begin(self._programs, ffn, x, mask, ffn.neurons, ffn.neurons).finish(out).active
 
+    def place_attention(self, spec: AttentionSpec) -> Attention | Matrices:
+        if self._contexts is None:
+            return Attention(spec=spec)
+        return Matrices(spec, {name: self.place(getattr(spec, name)) for name in "qkvo"})
+
+    def attention(
+        self, block: Attention | Matrices, x: F32, keys: Kv, values: Kv, start: int, out: F32
+    ) -> None:
+        """One graph; with contexts, which have the matrices only, those, and the rest by NumPy."""
+        if isinstance(block, Attention):
+            attention.run(self._programs, block, x, keys, values, start, out)
+            return
+
+        def multiply(name: str, y: F32) -> F32:
+            made = np.empty((len(y), block.placed[name].weight.rows), np.float32)
+            self.linear(block.placed[name], np.ascontiguousarray(y), made)
+            return made
+
+        if len(x):
+            attention.host(block.spec, multiply, x, keys, values, start, out)
+
     def _known(self, placed: PlacedT) -> PlacedT:
         if self._contexts is not None:
             self._contexts.require(placed)
@@ -214,7 +248,8 @@ class QnnBackend(Backend):
         ticket.cancel()
 
     def release(self, handle: Any) -> None:
-        self._programs.release(handle)
+        for each in handle.placed.values() if isinstance(handle, Matrices) else [handle]:
+            self._programs.release(each)
 
 
 def _choose_soc(emulated: bool, name: str | None) -> targets.Soc:

@@ -80,6 +80,18 @@ class Worker:
         described = FfnSpec(geometry, spec["activation"], spec["up_relu"])
         self._compile(number, ffn_graph(rows, self._array(bundles), described, cluster, exponents), save)
 
+    def attention(
+        self, number: int, rows: int, context: int, shape: dict[str, Any], formats: dict[str, Any],
+        exponents: dict[str, int], save: str | None, **arrays: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """Compile an attention block of so many tokens behind so many older ones."""
+        from pi2_backend_qnn.attention_graph import AttentionGraph, AttentionShape
+
+        found = {name: self._array(where) for name, where in arrays.items()}
+        weights = {name: Tensor(found.pop(name), *formats[name]) for name in formats}
+        graph = AttentionGraph(rows, context, AttentionShape(**shape), weights, found, exponents)
+        self._compile(number, graph.build(), save)
+
     def load(self, number: int, path: str, files: dict[str, str]) -> None:
         """Take over a context that was compiled before.  ``files``: path -> sha256, which QNN has not."""
         for name, wanted in files.items():
