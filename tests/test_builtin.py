@@ -1,5 +1,8 @@
 """What the built-in implementations promise beyond their contracts (those are in test_conformance.py)."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -73,6 +76,25 @@ def test_the_mmap_tier_gives_views_without_copying(tmp_path):
         writer.write(b"\7")
         writer.flush()
         assert view.tolist() == [0, 7, 0]
+
+
+def flags_of(address):
+    """What the system knows of the mapping at ``address``, as /proc/self/smaps abbreviates it."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if place := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(place[1], 16) <= address < int(place[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError("nothing is mapped there")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here")
+def test_the_mmap_tier_asks_for_huge_pages(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(10_000))
+    tier = MmapTier.open()
+    view = tier.view(tier.open_file(tmp_path / "file"), 0, 10_000)
+    assert "hg" in flags_of(view.ctypes.data)
 
 
 def test_the_mmap_tier_names_what_was_wanted_and_what_there_is(tmp_path):

@@ -169,9 +169,10 @@ def test_what_the_estimate_left_of_the_budget_becomes_slots(monkeypatch):
         assert cache.untouched > 10  # memory that is not taken yet is not left over
         assert cache.capacity == toys.NEURONS + 40
         got = toys.logits(engine, [1], list(range(30)))
-        assert cache.untouched == 0
+        left = cache.untouched
+        assert left <= 1
         ffns.take_count()
-        assert cache.capacity == toys.NEURONS + 50
+        assert cache.capacity == toys.NEURONS + 50 - left
     with toys.engine("relu") as engine:
         assert got.tobytes() == toys.logits(engine, [1], list(range(30))).tobytes()
 

@@ -36,7 +36,7 @@ class LfuPolicy(CachePolicy):
 
     @classmethod
     def probe(cls) -> Probe:
-        return Probe(12, "least frequently used, with ageing, from the counts of pi2 collect")
+        return Probe(10, "least frequently used, with ageing, from the counts of pi2 collect")
 
     def expect(self, keys: Keys, shares: F32) -> None:
         at = self._index(keys)

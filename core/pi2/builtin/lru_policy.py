@@ -86,7 +86,7 @@ class LruPolicy(CachePolicy):
 
     @classmethod
     def probe(cls) -> Probe:
-        return Probe(10, "least recently used")
+        return Probe(9, "least recently used")
 
     def touch(self, ffn: int, keys: Keys) -> None:
         self._order.use(keys)

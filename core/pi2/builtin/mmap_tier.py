@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import finalize
@@ -38,7 +39,7 @@ class MmapTier(StorageTier):
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self._closers.append(finalize(self, os.close, descriptor))
             size = os.fstat(descriptor).st_size
-            mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) if size else b""
+            mapped = _map(descriptor) if size else b""
         except OSError as e:
             raise StorageError(e.strerror or str(e), path=path) from None
         handle = self._next
@@ -87,3 +88,12 @@ class MmapTier(StorageTier):
         for closer in self._closers:
             closer()
         self._closers.clear()
+
+
+def _map(descriptor: int) -> mmap.mmap:
+    """A whole file; in huge pages, where kernel and file system cache files in them (Linux 6.16 on ext4)."""
+    mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return mapped
