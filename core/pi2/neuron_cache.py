@@ -110,7 +110,8 @@ class NeuronCache:
     def drop(self, slots: Ids) -> None:
         """Give up what is in cold ``slots``; it may have gone already."""
         slots = slots[self._key_of[slots] >= 0]
-        self._evict(self._key_of[slots], slots)
+        if len(slots):
+            self._evict(self._key_of[slots], slots)
 
     def reset(self) -> None:
         """Empty the cold region, whatever an interrupted call has left of the tables.  Nothing is LOADING."""
