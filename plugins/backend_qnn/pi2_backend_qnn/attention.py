@@ -21,8 +21,7 @@ from pi2.norm import Norm
 from pi2.tensor import F32, Tensor
 
 from pi2_backend_qnn import pack
-from pi2_backend_qnn.attention_graph import AttentionShape
-from pi2_backend_qnn.placed import Placed, Shape, rows_for
+from pi2_backend_qnn.placed import AttentionShape, Placed, Shape, rows_for
 from pi2_backend_qnn.programs import Programs
 from pi2_backend_qnn.scaling import Exponents, input_exponents, scaled
 from pi2_backend_qnn.tokens import pad, pieces

@@ -7,27 +7,12 @@ M rows of tokens behind C older ones (what is not there is masked), h numbers a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from pi2.tensor import F32, Tensor
 
 from pi2_backend_qnn.graph import Graph
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionShape:
-    """What of an ``AttentionSpec`` a graph depends on beside its weights.
-
-    ``dims``: numbers of a head that are rotated; ``norms``: "rms" or "layer" by "q" and "k", if there is one.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dims: int
-    softcap: float | None
-    norms: Mapping[str, str]
+from pi2_backend_qnn.placed import AttentionShape
 
 
 class AttentionGraph:

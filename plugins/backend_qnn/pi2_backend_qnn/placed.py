@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
@@ -24,6 +25,21 @@ SHARES: Final = 4
 
 Shape = tuple[int, int]
 """Tokens, and clusters (1 for a matrix), of a graph."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What of an ``AttentionSpec`` a graph depends on beside its weights.
+
+    ``dims``: numbers of a head that are rotated; ``norms``: "rms" or "layer" by "q" and "k", if there is one.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dims: int
+    softcap: float | None
+    norms: Mapping[str, str]
 
 
 def rows_for(tokens: int) -> int:

@@ -85,7 +85,8 @@ class Worker:
         exponents: dict[str, int], save: str | None, **arrays: dict[str, Any],
     ) -> None:  # fmt: skip
         """Compile an attention block of so many tokens behind so many older ones."""
-        from pi2_backend_qnn.attention_graph import AttentionGraph, AttentionShape
+        from pi2_backend_qnn.attention_graph import AttentionGraph
+        from pi2_backend_qnn.placed import AttentionShape
 
         found = {name: self._array(where) for name, where in arrays.items()}
         weights = {name: Tensor(found.pop(name), *formats[name]) for name in formats}

@@ -1,5 +1,8 @@
 """What needs none of Qualcomm's libraries: the probe, options, versions, and how weights are packed."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pi2_backend_qnn
 import pytest
@@ -36,6 +39,12 @@ class TestWithoutTheExtra(PluginTests):
         with pytest.raises(errors.NotInstalled) as refusal:
             QnnBackend.open({"emulator": "on"})
         assert refusal.value.hint == errors.INSTALL
+
+
+def test_nothing_of_the_extra_is_imported_before_it_is_needed():
+    names = ("onnx", "onnxruntime", "onnxruntime_qnn")
+    script = f"import sys; sys.modules.update(dict.fromkeys({names})); from pi2_backend_qnn.backend import QnnBackend"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_it_registers_one_backend():
