@@ -43,8 +43,9 @@ class TestWithoutTheExtra(PluginTests):
 
 def test_nothing_of_the_extra_is_imported_before_it_is_needed():
     names = ("onnx", "onnxruntime", "onnxruntime_qnn")
-    script = f"import sys; sys.modules.update(dict.fromkeys({names})); from pi2_backend_qnn.backend import QnnBackend"
-    subprocess.run([sys.executable, "-c", script], check=True)
+    hide = f"import sys; sys.modules.update(dict.fromkeys({names}))"
+    load = "from pi2_backend_qnn.backend import QnnBackend"
+    subprocess.run([sys.executable, "-c", f"{hide}; {load}"], check=True)
 
 
 def test_it_registers_one_backend():
