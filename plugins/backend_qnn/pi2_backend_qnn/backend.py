@@ -136,9 +136,10 @@ class QnnBackend(Backend):
     def describe(self) -> str:
         what = "EMULATED by x86 code, no measure of speed" if self.emulated else "NPU"
         versions = self.about["versions"]
+        numbers = "fp16" if self._weights == EXACT else f"weights {self._weights}, fp16 between products"
         compiled = "compiled ahead" if self._contexts else "compiled when needed"
         return (
-            f"Hexagon {self._soc.arch} of {self._soc.name}, {what}, fp16, graphs {compiled}, single rows of"
+            f"Hexagon {self._soc.arch} of {self._soc.name}, {what}, {numbers}, graphs {compiled}, single rows of"
             f" matrices by NumPy; QNN {versions['onnxruntime-qnn']}, ONNX Runtime {versions['onnxruntime']}"
         )
 
@@ -185,7 +186,7 @@ class QnnBackend(Backend):
             return
         x, bad = finite_rows(x)
         for part in pieces(len(x)):
-            e, many = weight.exponents(x[part]), rows_for(len(x[part]))
+            e, many = weight.exponents(x[part]), rows_for(len(x[part]), weight.rows)
             fed = {"x": pad(scaled(x[part], -e), many)}
             run = self._programs.begin(weight, (many, 1), fed, [(1, many, outputs(weight.weight.rows))])
             _, (y,) = run.finish()

@@ -89,7 +89,7 @@ class Graph:
         """
         return self.add("Mul", name, self.constant(f"{name}.all", values[None]), mask)
 
-    def down(self, at: str, h: str, mask: str, data: U8, dtype: DType, exponent: int) -> str:
+    def down(self, at: str, h: str, mask: str, data: U8, dtype: DType, exponent: Any) -> str:
         """``h`` (1, M, n) times the rows of ``data`` (n, row_bytes), divided by 2**exponent: (1, M, d)."""
         if dtype not in BITS:
             values = np.ldexp(decode(data, dtype), -exponent)
@@ -129,7 +129,7 @@ def linear_graph(g: Graph, weight: Tensor, exponent: int) -> bytes:
     return g.model({"y": (1, g.rows, len(data))})
 
 
-def ffn_graph(g: Graph, bundles: U8, spec: FfnSpec, cluster: int, exponents: Mapping[str, int]) -> bytes:
+def ffn_graph(g: Graph, bundles: U8, spec: FfnSpec, cluster: int, exponents: Mapping[str, Any]) -> bytes:
     """x (1, M, d), mask{i} (1, 1, n) -> (1, M, d), active (1, M, clusters): the first clusters of an FFN.
 
     ``exponents``: of gate, up and down.  Inputs and outputs are scaled as ``pi2_backend_qnn.scaling`` says:
@@ -159,7 +159,7 @@ def ffn_graph(g: Graph, bundles: U8, spec: FfnSpec, cluster: int, exponents: Map
 class _Cluster:
     """The part of a graph that computes one cluster."""
 
-    def __init__(self, g: Graph, at: str, bundles: U8, spec: FfnSpec, exponents: Mapping[str, int]) -> None:
+    def __init__(self, g: Graph, at: str, bundles: U8, spec: FfnSpec, exponents: Mapping[str, Any]) -> None:
         self.g, self.at, self.spec, self.exponents = g, at, spec, exponents
         self.n = -(-len(bundles) // BLOCK) * BLOCK
         self.bundles = np.zeros((self.n, bundles.shape[1]), np.uint8)

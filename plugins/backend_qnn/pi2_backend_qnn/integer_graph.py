@@ -9,6 +9,8 @@ to those of hidden values, cluster by cluster.  Between products numbers are fp1
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
@@ -37,8 +39,11 @@ class IntegerGraph(Graph):
         """As ``Graph.linear``; the 2-norm of a row of ``x`` is at most 1."""
         return self._product(name, x, np.ldexp(decode(data, dtype), -exponent))
 
-    def down(self, at: str, h: str, mask: str, data: U8, dtype: DType, exponent: int) -> str:
-        """As ``Graph.down``, for h / (largest * norm), whose norm is at most 1; its factors come last."""
+    def down(self, at: str, h: str, mask: str, data: U8, dtype: DType, exponent: Any) -> str:
+        """As ``Graph.down``, with an exponent for each output, for h / (largest * norm).
+
+        The 2-norm of that is at most 1; both factors come last.
+        """
         axes = self.constant("axis", np.array([2], np.int64))
         size = self.add("ReduceMax", f"{at}.size", self.add("Abs", f"{at}.abs", h), axes, keepdims=1)
         largest = self.add("Max", f"{at}.largest", size, self.scalar(2.0**-14))
@@ -48,7 +53,8 @@ class IntegerGraph(Graph):
         root = self.add("Sqrt", f"{at}.root", self.add("Add", f"{at}.some", total, self.scalar(2.0**-10)))
         norm = self.add("Mul", f"{at}.norm", root, self.scalar(HIDDEN_MARGIN))
         normed = self.add("Div", f"{at}.normed", unit, norm)
-        y = self._product(f"{at}.y", normed, np.ldexp(decode(data, dtype), -exponent).T)
+        weights = np.ldexp(decode(data, dtype), -np.array(exponent, np.int32))
+        y = self._product(f"{at}.y", normed, weights.T)
         return self.add("Mul", at, self.add("Mul", f"{at}.by_norm", y, norm), largest)
 
     def _product(self, name: str, x: str, weights: F32) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
@@ -45,9 +45,9 @@ class AttentionShape:
     norms: Mapping[str, str]
 
 
-def rows_for(tokens: int) -> int:
+def rows_for(tokens: int, among: Sequence[int] = ROWS) -> int:
     """Tokens of the smallest graph that takes so many; of the largest, if none does."""
-    return next((rows for rows in ROWS if tokens <= rows), ROWS[-1])
+    return next((rows for rows in among if tokens <= rows), among[-1])
 
 
 @dataclass(eq=False)
@@ -63,6 +63,11 @@ class Placed:
     """Of the worker that ``graphs`` are in."""
     weights: str = EXACT
     """EXACT, or how they are rounded: a key of ``requantise.BITS``."""
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Tokens of its graphs.  Two at least if weights are rounded: one has other bits (QAIRT 2.51)."""
+        return ROWS if self.weights == EXACT else (2, *ROWS[1:])
 
     def forget(self, generation: int) -> None:
         """The graphs are gone."""
@@ -131,11 +136,14 @@ class Ffn(Placed):
                 sizes[name] = pack.sizes_of(self.bundles[:, offset : offset + size], dtype)
         biases: F32 | None = geometry.unpack_segment(self.bundles, "bias") if geometry.biased else None
         if self.weights == EXACT:
-            self.exponents = {name: pack.exponent(each.largest) for name, each in sizes.items()}
-            self.scaling = FfnScaling.of(self.spec, sizes, self.exponents, biases)
+            self.exponents: dict[str, Any] = {
+                name: pack.exponent(each.largest) for name, each in sizes.items()
+            }
+            self.scaling: FfnScaling = FfnScaling.of(self.spec, sizes, self.exponents, biases)
         else:
-            self.exponents = norm_scaling.ffn_exponents(self.spec, sizes, self.bundles, self.cluster)
-            self.scaling = norm_scaling.NormScaling.of_norms(self.spec, self.exponents, biases)
+            powers = norm_scaling.Powers.of(self.spec, sizes, self.bundles, self.cluster)
+            self.exponents = powers.all
+            self.scaling = norm_scaling.NormScaling.of_norms(self.spec, powers, biases)
 
     def __str__(self) -> str:
         return f"these {self.neurons} neurons"
@@ -150,7 +158,7 @@ class Ffn(Placed):
 
     def shape_for(self, tokens: int, count: int) -> Shape:
         """The smallest graph that has the first ``count`` neurons."""
-        rows, needed = rows_for(tokens), -(-count // self.cluster)
+        rows, needed = rows_for(tokens, self.rows), -(-count // self.cluster)
         if rows > DECODE:
             return rows, self.clusters
         return rows, next(n for n in self.prefixes() if n >= needed)

@@ -75,7 +75,7 @@ class Worker:
 
     def ffn(
         self, number: int, rows: int, bundles: dict[str, Any], spec: dict[str, Any], cluster: int,
-        exponents: dict[str, int], weights: str, save: str | None,
+        exponents: dict[str, Any], weights: str, save: str | None,
     ) -> None:  # fmt: skip
         """Compile an FFN of all neurons in ``bundles``."""
         from pi2_backend_qnn.graph import ffn_graph
