@@ -139,8 +139,9 @@ class QnnBackend(Backend):
         numbers = "fp16" if self._weights == EXACT else f"weights {self._weights}, fp16 between products"
         compiled = "compiled ahead" if self._contexts else "compiled when needed"
         return (
-            f"Hexagon {self._soc.arch} of {self._soc.name}, {what}, {numbers}, graphs {compiled}, single rows of"
-            f" matrices by NumPy; QNN {versions['onnxruntime-qnn']}, ONNX Runtime {versions['onnxruntime']}"
+            f"Hexagon {self._soc.arch} of {self._soc.name}, {what}, {numbers}, graphs {compiled},"
+            " single rows of matrices by NumPy;"
+            f" QNN {versions['onnxruntime-qnn']}, ONNX Runtime {versions['onnxruntime']}"
         )
 
     @classmethod
