@@ -101,6 +101,9 @@ class Backend(Plugin):
     emulated: bool = False
     """A device is imitated by code of another one: how long a call takes says nothing, and is not shown."""
 
+    lossy: str | None = None
+    """What becomes of weights that are not computed with as they are in the model; None: they are."""
+
     @abstractmethod
     def place(self, weight: Tensor) -> object:
         """Make ``weight`` usable on this device; only this backend can read the handle."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -252,7 +253,20 @@ class Engine:
     @property
     def notes(self) -> list[str]:
         """What the user should know of how the model runs: slower than could be, smaller than wise."""
-        return [note for ffns in (self.offloaded, self.hybrid) if ffns is not None for note in ffns.notes]
+        parts = (ffns.notes for ffns in (self.offloaded, self.hybrid) if ffns is not None)
+        return [*self.rounded, *chain.from_iterable(parts)]
+
+    @property
+    def rounded(self) -> list[str]:
+        """Which backends do not compute with the weights as they are."""
+        parts = (part for part in self._parts.values() if isinstance(part, Backend))
+        return [f"{part.name}: {part.lossy}" for part in parts if part.lossy is not None]
+
+    @property
+    def losses(self) -> list[str]:
+        """Why the output may not be the dense model's, if it may not."""
+        missed = (("neurons", not self._lossless), ("tokens", self.lossy_head is not None))
+        return [f"{what} may be missed" for what, lossy in missed if lossy] + self.rounded
 
     def setup(self) -> dict[str, Any]:
         """What runs: names of the parts, whether the output is that of the dense model, the configuration."""
@@ -281,4 +295,6 @@ class Engine:
             config["notes"] = self.notes
         if self.lossy_head is not None:
             config["head"] = self.lossy_head
-        return {**names, "lossless": self._lossless and self.lossy_head is None, "config": config}
+        if self.losses:
+            config["losses"] = self.losses
+        return {**names, "lossless": not self.losses, "config": config}

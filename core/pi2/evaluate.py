@@ -178,6 +178,7 @@ def evaluate(
     tokens: int,
     sequence: int | None = None,
     against_dense: bool = True,
+    exact: Engine | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Evaluation:
     """Run texts through the engine's model one token at a time, as in decoding, and judge its predictor.
@@ -185,7 +186,8 @@ def evaluate(
     The texts are cut into sequences of ``sequence`` tokens (without a wish 256, or what the context has
     room for), each behind the begin-of-text token if the model has one; at most ``tokens`` are used.  The
     dense model, in which every neuron is asked, reads the same sequences in the same way, so that nothing
-    but the predictor makes a difference.
+    but the predictor makes a difference; ``exact``, if it is given, is the dense model in its place, so
+    that what the backend loses of the weights counts, too.
     Raises OptionError if a sequence does not fit into the context.
     """
     before = opening(engine.tokenizer)
@@ -214,7 +216,7 @@ def evaluate(
             progress(name, done, passes)
             if against_dense:
                 decoder.predictor = ExactPredictor()
-                _read(decoder, ids, dense)
+                _read(decoder if exact is None else exact.decoder, ids, dense)
                 done += sequence
                 progress(name, done, passes)
         finally:

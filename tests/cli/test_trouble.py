@@ -112,7 +112,7 @@ def test_a_lossy_run_says_so(capsys):
         "predictor": "p",
         "lossless": False,
         "emulated": False,
-        "config": {},
+        "config": {"losses": ["neurons may be missed"]},
     }
     print_run(RunStats(), setup)
     assert "lossy: neurons may be missed" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -12,6 +14,7 @@ from pi2.cli.output import print_json, print_table, say
 from pi2.cli.progress import progress_bar
 
 if TYPE_CHECKING:
+    from pi2.engine import Engine
     from pi2.evaluate import Evaluation, LayerScore
 
 Sequence = Annotated[
@@ -45,42 +48,55 @@ def command(
     """Judge a predictor on text: perplexity, agreement with the dense model, recall, cost.
 
     The text is read one token at a time, as in decoding, where the predictor is asked, and again with
-    every neuron: the dense model. Active is what a gate in float32 says: a
-    backend that rounds to int8 decides otherwise near zero. With --memory the judge needs memory of its
-    own on top of the budget: it decodes whole matrices. --sparse-head is judged beside the exact head, on
-    the same tokens; the other figures are with the exact one.
+    every neuron: the dense model; on the CPU, with the weights as they are, if the backend rounds them.
+    Active is what a gate in float32 says: a backend that rounds to int8 decides otherwise near zero.
+    With --memory the judge needs memory of its own on top of the budget: it decodes whole matrices.
+    --sparse-head is judged beside the exact head, on the same tokens; all else is with the exact head.
     """
     from pi2.evaluate import evaluate
     from pi2.sparse_head import judge_head, open_sparse_head
 
     shared = o.parse_hybrid(backend, cold, hot, hybrid)
     placement = o.parse_offload(memory, policy, hot, offload, hybrid=shared)
-    with o.open_engine(
-        model,
-        backend=backend,
-        storage=storage,
-        predictor=predictor,
-        offload=placement,
-        hybrid=shared,
-        cold=cold,
-    ) as engine:
+    with (
+        o.open_engine(
+            model,
+            backend=backend,
+            storage=storage,
+            predictor=predictor,
+            offload=placement,
+            hybrid=shared,
+            cold=cold,
+        ) as engine,
+        _exact(engine) as exact,
+    ):
         if sparse_head is not None:
             open_sparse_head(engine, sparse_head)  # now, if it cannot be, and not after minutes
         with progress_bar(lambda n: f"{n} tokens") as progress:
             found = evaluate(
                 engine, texts, tokens=tokens, sequence=sequence,
-                against_dense=against == "dense", progress=progress,
+                against_dense=against == "dense", exact=exact, progress=progress,
             )  # fmt: skip
         setup = engine.setup()
         head = None if sparse_head is None else judge_head(engine, texts, sparse_head, tokens)
-    if not setup["lossless"]:
-        say(f"lossy: the predictor {setup['predictor']} may miss active neurons")
+    for loss in setup["config"].get("losses", ()):
+        say(f"lossy: {loss}")
     if json:
         print_json({**describe(found, setup), "sparse_head": head and head.to_json()})
     else:
         _print(found, setup)
         if head is not None:
             print_table(head.table())
+
+
+@contextmanager
+def _exact(engine: Engine) -> Iterator[Engine | None]:
+    """The same model with its weights as they are, if the engine's backend rounds them."""
+    if not engine.rounded:
+        yield None
+        return
+    with o.open_engine(str(engine.model.path), predictor="exact", context=engine.context) as exact:
+        yield exact
 
 
 def describe(found: Evaluation, setup: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +162,7 @@ def _print(found: Evaluation, setup: dict[str, Any]) -> None:
     print()
     lines = [
         ("predictor", setup["config"]["parts"]["predictor"]),
-        ("lossless", "yes" if setup["lossless"] else "no: neurons may be missed"),
+        ("lossless", "yes" if setup["lossless"] else f"no: {'; '.join(setup['config']['losses'])}"),
         ("tokens", f"{found.scored} foreseen, {found.sequences} sequences of {found.sequence}"),
         ("perplexity", f"{found.sparse.perplexity:.4f}"),
     ]

@@ -111,10 +111,10 @@ def print_run(stats: RunStats, setup: dict[str, Any]) -> None:
     found = stats.to_json(setup)
     ttft = "-" if found["ttft_s"] is None else f"{found['ttft_s']:.2f} s"
     density = "-" if stats.density is None else f"{stats.density:.1%}"
-    missed = "tokens" if "head" in setup["config"] else "neurons"
     others = setup.get("outside_bytes")
     beside = f"other processes have {human_bytes(others)}" if others else ""
-    exactness = "as the dense model" if setup["lossless"] else f"lossy: {missed} may be missed"
+    losses = setup["config"].get("losses")
+    exactness = f"lossy: {'; '.join(losses)}" if losses else "as the dense model"
     rows = [
         ("TTFT", ttft, f"prompt of {stats.prompt_tokens} tokens, {stats.prefilled_tokens} computed"),
         ("prefill", _rate(found["prefill_tps"]), ""),

@@ -16,16 +16,16 @@ from pi2.errors import OptionError
 from pi2.kv_cache import Kv
 from pi2.tensor import BLOCK, F32, U8, Ids, Tensor
 
-from pi2_backend_qnn import attention, host, probe, targets
+from pi2_backend_qnn import attention, host, probe, requantise, targets
 from pi2_backend_qnn.attention import Attention
 from pi2_backend_qnn.client import Client
 from pi2_backend_qnn.contexts import FORMAT, Contexts, bytes_of, compile_all
 from pi2_backend_qnn.errors import NoDevice, QnnError
 from pi2_backend_qnn.ffn import Call, begin
 from pi2_backend_qnn.pack import outputs
-from pi2_backend_qnn.placed import Ffn, Matrix, rows_for
+from pi2_backend_qnn.placed import EXACT, Ffn, Matrix, rows_for
 from pi2_backend_qnn.programs import KEPT, Programs
-from pi2_backend_qnn.scaling import input_exponents, scaled
+from pi2_backend_qnn.scaling import scaled
 from pi2_backend_qnn.tokens import finite_rows, pad, pieces
 
 _EMULATED_SOC = "SM8650"
@@ -54,7 +54,9 @@ class QnnBackend(Backend):
 
     ``emulator`` "on": Qualcomm's emulator in place of a device, for tests; very slow.  ``soc``: the chip, by
     Qualcomm's name; the device's own by default.  ``contexts``: a folder that ``pi2 compile`` made; without
-    it, graphs are compiled when first needed.  ``cluster``: neurons of a cluster.  ``deadline``: seconds
+    it, graphs are compiled when first needed.  ``weights``: "exact", "w8a16" (int8 by output channel) or
+    "w4a16" (FFNs int4, outliers int8), both lossy, with numbers of 16 bits; attention as one graph is exact.
+    ``cluster``: neurons of a cluster.  ``deadline``: seconds
     until an answer of the NPU is given up.  ``library``: another libQnnHtp.so than the package's.
     The others are QNN's: see its documentation.
     """
@@ -71,6 +73,7 @@ class QnnBackend(Backend):
         emulator: str = "off",
         soc: str | None = None,
         contexts: str | None = None,
+        weights: str = EXACT,
         cluster: int = 512,
         deadline: float = 120.0,
         library: str | None = None,
@@ -81,6 +84,9 @@ class QnnBackend(Backend):
     ) -> None:
         if emulator not in ("on", "off"):
             raise OptionError(f"emulator is on or off, not {emulator!r}")
+        if weights != EXACT and weights not in requantise.BITS:
+            known = ", ".join((EXACT, *requantise.BITS))
+            raise OptionError(f"weights cannot be {weights!r}", hint=f"weights is one of {known}")
         if not BLOCK <= cluster <= 1 << 14 or cluster % BLOCK:
             raise OptionError(
                 f"a cluster cannot have {cluster} neurons", hint="a multiple of 32, up to 16384"
@@ -90,7 +96,8 @@ class QnnBackend(Backend):
         targets.check_packages(targets.installed())
         self._soc = _choose_soc(emulator == "on", soc)
         options = targets.provider_options(self._soc, performance, priority, vtcm_mb, rpc_latency_us)
-        self._cluster = cluster
+        self._cluster, self._weights = cluster, weights
+        self.lossy = requantise.WORDS.get(weights)
         self._trouble: QnnError | None = None  # of preparing, to be raised when the graph is needed
         self._client = Client(library, options, deadline)
         try:
@@ -113,6 +120,7 @@ class QnnBackend(Backend):
             "format": FORMAT,
             "soc": self._soc.name,
             "arch": self._soc.arch,
+            "weights": self._weights,
             "versions": dict(self._client.about["versions"]),
             "options": {**fixed, "cluster": self._cluster},
         }
@@ -128,10 +136,12 @@ class QnnBackend(Backend):
     def describe(self) -> str:
         what = "EMULATED by x86 code, no measure of speed" if self.emulated else "NPU"
         versions = self.about["versions"]
+        numbers = "fp16" if self._weights == EXACT else f"weights {self._weights}, fp16 between products"
         compiled = "compiled ahead" if self._contexts else "compiled when needed"
         return (
-            f"Hexagon {self._soc.arch} of {self._soc.name}, {what}, fp16, graphs {compiled}, single rows of"
-            f" matrices by NumPy; QNN {versions['onnxruntime-qnn']}, ONNX Runtime {versions['onnxruntime']}"
+            f"Hexagon {self._soc.arch} of {self._soc.name}, {what}, {numbers}, graphs {compiled},"
+            " single rows of matrices by NumPy;"
+            f" QNN {versions['onnxruntime-qnn']}, ONNX Runtime {versions['onnxruntime']}"
         )
 
     @classmethod
@@ -152,20 +162,22 @@ class QnnBackend(Backend):
             total = len(placed) + len(weights.ffns)
             needed = sum(map(bytes_of, placed))
             if weights.ffns:  # all are as large as the first
-                first = Ffn(bundles=weights.ffns[0](), spec=weights.spec, cluster=backend._cluster)
+                first = backend.place_ffn(weights.ffns[0](), weights.spec)
                 needed += len(weights.ffns) * bytes_of(first)
             found = compile_all(
                 backend._programs, chain(placed, ffns), total, about, destination, progress, needed
             )
         finally:
             backend.close()
-        return {**found, "use": f"qnn:contexts={destination},soc={backend._soc.name}"}
+        rounded = "" if backend._weights == EXACT else f",weights={backend._weights}"
+        return {**found, "use": f"qnn:contexts={destination},soc={backend._soc.name}{rounded}"}
 
     def close(self) -> None:
         self._client.close()
 
     def place(self, weight: Tensor) -> Matrix:
-        return self._known(Matrix(weight=weight))
+        rounded = EXACT if self._weights == EXACT else requantise.MATRICES
+        return self._known(Matrix(weight=weight, weights=rounded))
 
     def linear(self, weight: Matrix, x: F32, out: F32, rows: Ids | None = None) -> None:
         if rows is not None:
@@ -175,7 +187,7 @@ class QnnBackend(Backend):
             return
         x, bad = finite_rows(x)
         for part in pieces(len(x)):
-            e, many = input_exponents(x[part]), rows_for(len(x[part]))
+            e, many = weight.exponents(x[part]), rows_for(len(x[part]), weight.rows)
             fed = {"x": pad(scaled(x[part], -e), many)}
             run = self._programs.begin(weight, (many, 1), fed, [(1, many, outputs(weight.weight.rows))])
             _, (y,) = run.finish()
@@ -184,7 +196,7 @@ class QnnBackend(Backend):
             out[bad.rows] = host.linear(weight, bad.x, None)
 
     def place_ffn(self, bundles: U8, spec: FfnSpec) -> Ffn:
-        return self._known(Ffn(bundles=bundles, spec=spec, cluster=self._cluster))
+        return self._known(Ffn(bundles=bundles, spec=spec, cluster=self._cluster, weights=self._weights))
 
     def ffn(self, ffn: Ffn, x: F32, out: F32, rows: Ids | None = None) -> int:
         """All neurons are computed; those that are not among ``rows`` are multiplied by 0."""

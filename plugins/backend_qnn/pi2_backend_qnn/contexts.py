@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pi2.errors import StorageError
 
-from pi2_backend_qnn.errors import ContextDamaged, ContextMissing, WrongSoc, WrongVersion
-from pi2_backend_qnn.placed import DECODE, ROWS, Ffn, Placed, Shape
+from pi2_backend_qnn.errors import ContextDamaged, ContextMissing, WrongSoc, WrongVersion, WrongWeights
+from pi2_backend_qnn.placed import DECODE, Ffn, Placed, Shape
 
 if TYPE_CHECKING:
     from pi2_backend_qnn.programs import Programs
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 _AGAIN = "compile again: pi2 compile"
 
 Show = Callable[[str, int, int], None]
@@ -39,7 +39,7 @@ class Contexts:
     def open(cls, name: str | Path, about: Mapping[str, Any]) -> Self:
         """The contexts in the folder ``name``, if they were compiled for what ``about`` says.
 
-        Raises ContextMissing, ContextDamaged, WrongSoc, WrongVersion.
+        Raises ContextMissing, ContextDamaged, WrongSoc, WrongVersion, WrongWeights.
         """
         folder, soc = Path(name), about["soc"]
         try:
@@ -52,6 +52,11 @@ class Contexts:
         if manifest["soc"] != soc:
             raise WrongSoc(
                 f"{folder} was compiled for {manifest['soc']}, this is {soc}", hint=f"{_AGAIN} --soc {soc}"
+            )
+        if (theirs := manifest["weights"]) != about["weights"]:
+            raise WrongWeights(
+                f"{folder} has weights={theirs}, asked for is weights={about['weights']}",
+                hint=f"--backend qnn:weights={theirs}, or {_AGAIN}",
             )
         for what in ("versions", "options"):
             if differing := _difference(manifest[what], about[what]):
@@ -79,9 +84,9 @@ class Contexts:
 def shapes_of(placed: Placed) -> list[Shape]:
     """All graphs that running may ask for: of an FFN, prefixes for few tokens, and the whole for many."""
     if not isinstance(placed, Ffn):
-        return [(rows, 1) for rows in ROWS]
+        return [(rows, 1) for rows in placed.rows]
     prefixes = placed.prefixes()
-    return [(rows, c) for rows in ROWS for c in (prefixes if rows <= DECODE else prefixes[-1:])]
+    return [(rows, c) for rows in placed.rows for c in (prefixes if rows <= DECODE else prefixes[-1:])]
 
 
 def bytes_of(placed: Placed) -> int:
@@ -179,7 +184,13 @@ def _check(manifest: Any, folder: Path) -> None:
     try:
         sound = manifest["format"] == FORMAT and all(
             isinstance(manifest[name], kind)
-            for name, kind in (("soc", str), ("versions", dict), ("options", dict), ("graphs", dict))
+            for name, kind in (
+                ("soc", str),
+                ("weights", str),
+                ("versions", dict),
+                ("options", dict),
+                ("graphs", dict),
+            )
         )
         for graphs in manifest["graphs"].values():
             for graph in graphs.values():

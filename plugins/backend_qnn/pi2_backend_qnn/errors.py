@@ -3,6 +3,7 @@
 QnnError               any of these; a PluginError, so the command line shows it with its hint
 ├── NotInstalled       the packages of the extra are missing
 ├── WrongVersion       packages, or compiled contexts, of versions that do not fit
+├── WrongWeights       contexts have weights that are rounded otherwise than asked for
 ├── NoDevice           there is no NPU, and nobody asked for the emulator
 ├── WrongSoc           the SoC is unknown, or contexts were compiled for another one
 ├── LibraryMissing     a library of Qualcomm's could not be loaded
@@ -32,6 +33,10 @@ class NotInstalled(QnnError):
 
 class WrongVersion(QnnError):
     """Packages, or compiled contexts, of versions that do not fit."""
+
+
+class WrongWeights(QnnError):
+    """Contexts have weights that are rounded otherwise than asked for."""
 
 
 class NoDevice(QnnError):

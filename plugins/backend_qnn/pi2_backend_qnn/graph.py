@@ -20,7 +20,6 @@ from pi2.tensor import BLOCK, F32, U8, DType, Tensor, decode
 
 from pi2_backend_qnn.pack import BITS, nbits, outputs, quants_of
 
-_OPSETS = (("", 17), ("com.microsoft", 1))
 _IR_VERSION = 10
 _SMOOTH_END = 10.0  # beyond, the sigmoid and the normal distribution are 0 or 1 as far as fp16 can tell
 SMOOTH = ("silu", "gelu", "gelu_tanh")
@@ -28,6 +27,8 @@ SMOOTH = ("silu", "gelu", "gelu_tanh")
 
 class Graph:
     """Nodes and constants under names that are the same in every graph of the same weights."""
+
+    opset = 17
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -43,6 +44,11 @@ class Graph:
         if name not in self._constants:
             self._constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
         return name
+
+    def tensor(self, made: Any) -> str:
+        """A constant that NumPy has no type for."""
+        self._constants[made.name] = made
+        return str(made.name)
 
     def scalar(self, value: float) -> str:
         return self.constant(f"const.{value}", np.array([[[value]]], np.float32))
@@ -76,39 +82,61 @@ class Graph:
         values = np.ldexp(decode(data, dtype), -exponent)
         return self.add("MatMul", name, x, self.constant(f"{name}.weight", values.T))
 
+    def unfolded(self, name: str, values: F32, mask: str) -> str:
+        """Numbers for each neuron (k, n) -> (1, k, n), 0 for those that are masked.
+
+        The product with the mask keeps QNN from storing a constant as often as a graph has rows, times 8.
+        """
+        return self.add("Mul", name, self.constant(f"{name}.all", values[None]), mask)
+
+    def down(self, at: str, h: str, mask: str, data: U8, dtype: DType, exponent: Any) -> str:
+        """``h`` (1, M, n) times the rows of ``data`` (n, row_bytes), divided by 2**exponent: (1, M, d)."""
+        if dtype not in BITS:
+            values = np.ldexp(decode(data, dtype), -exponent)
+            return self.add("MatMul", at, h, self.constant(f"{at}.weight", values))
+        q = quants_of(data, dtype)
+        scales = np.ldexp(q.scales, -exponent)
+        ones = np.ones((BLOCK, len(data) // BLOCK), np.float32)
+        blocks, columns = scales.shape[1], []
+        factors = self.split(f"{at}.factors", self.unfolded(f"{at}.scales", scales.T, mask), blocks)
+        for block in range(blocks):
+            scaled = self.add("Mul", f"{at}{block}.h", h, factors[block])
+            quants = q.quants[:, block * BLOCK : (block + 1) * BLOCK].T
+            columns.append(self.nbits(f"{at}{block}", scaled, quants, ones, q.bits))
+        return columns[0] if len(columns) == 1 else self.add("Concat", at, *columns, axis=2)
+
     def model(self, outputs: Mapping[str, Sequence[int]]) -> bytes:
         results = [
             helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
             for name, shape in outputs.items()
         ]
         graph = helper.make_graph(self._nodes, "pi2", self._inputs, results, list(self._constants.values()))
-        opsets = [helper.make_opsetid(*each) for each in _OPSETS]
+        opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION)
         serialised: bytes = model.SerializeToString()
         return serialised
 
 
-def linear_graph(rows: int, weight: Tensor, exponent: int) -> bytes:
+def linear_graph(g: Graph, weight: Tensor, exponent: int) -> bytes:
     """x (1, M, cols) -> y (1, M, rows of ``weight``), divided by 2**exponent.
 
     A single row is followed by one of zeros: MatMulNBits of one row gives nonsense (QAIRT 2.51).
     """
-    g = Graph(rows)
-    x = g.input("x", 1, rows, weight.cols)
+    x = g.input("x", 1, g.rows, weight.cols)
     data = np.zeros((outputs(weight.rows), weight.data.shape[1]), np.uint8)
     data[: weight.rows] = weight.data
     g.linear("y", x, data, weight.dtype, exponent)
-    return g.model({"y": (1, rows, len(data))})
+    return g.model({"y": (1, g.rows, len(data))})
 
 
-def ffn_graph(rows: int, bundles: U8, spec: FfnSpec, cluster: int, exponents: Mapping[str, int]) -> bytes:
+def ffn_graph(g: Graph, bundles: U8, spec: FfnSpec, cluster: int, exponents: Mapping[str, Any]) -> bytes:
     """x (1, M, d), mask{i} (1, 1, n) -> (1, M, d), active (1, M, clusters): the first clusters of an FFN.
 
     ``exponents``: of gate, up and down.  Inputs and outputs are scaled as ``pi2_backend_qnn.scaling`` says:
     "true" (1, M, 1) is what makes a gate of it that the activation function can be asked for, "ones"
     (1, M, 1) is 1 under the same scale, for biases.
     """
-    g = Graph(rows)
+    rows = g.rows
     x = g.input("x", 1, rows, spec.geometry.d_model)
     if spec.activation in SMOOTH:
         g.input("true", 1, rows, 1)
@@ -131,7 +159,7 @@ def ffn_graph(rows: int, bundles: U8, spec: FfnSpec, cluster: int, exponents: Ma
 class _Cluster:
     """The part of a graph that computes one cluster."""
 
-    def __init__(self, g: Graph, at: str, bundles: U8, spec: FfnSpec, exponents: Mapping[str, int]) -> None:
+    def __init__(self, g: Graph, at: str, bundles: U8, spec: FfnSpec, exponents: Mapping[str, Any]) -> None:
         self.g, self.at, self.spec, self.exponents = g, at, spec, exponents
         self.n = -(-len(bundles) // BLOCK) * BLOCK
         self.bundles = np.zeros((self.n, bundles.shape[1]), np.uint8)
@@ -154,20 +182,13 @@ class _Cluster:
             on = g.add("Mul", f"{at}.on", on, self._is_on(up))
         axes = g.constant("axis", np.array([2], np.int64))
         count = g.add("ReduceSum", f"{at}.count", on, axes, keepdims=1)
-        return self._down(h), count
+        return g.down(f"{at}.down", h, mask, *self._segment("down"), self.exponents["down"]), count
 
     def _segment(self, name: str) -> tuple[U8, DType]:
         offset, size = self.spec.geometry.segments()[name]
         return np.ascontiguousarray(self.bundles[:, offset : offset + size]), getattr(
             self.spec.geometry, name
         )
-
-    def _unfolded(self, name: str, values: F32) -> str:
-        """Numbers for each neuron (k, n) -> (1, k, n), 0 for those that are masked.
-
-        The product with the mask keeps QNN from storing a constant as often as a graph has rows, times 8.
-        """
-        return self.g.add("Mul", name, self.g.constant(f"{name}.all", values[None]), self.mask)
 
     def _biases(self) -> list[F32 | None]:
         if not self.spec.geometry.biased:
@@ -180,7 +201,7 @@ class _Cluster:
         if bias is None:
             return y
         scaled = np.ldexp(bias, -self.exponents[name]).astype(np.float32)
-        term = g.add("Mul", f"{label}.bias", "ones", self._unfolded(f"{label}.b", scaled[None]))
+        term = g.add("Mul", f"{label}.bias", "ones", g.unfolded(f"{label}.b", scaled[None], self.mask))
         return g.add("Add", f"{label}.biased", y, term)
 
     def _activated(self, pre: str) -> tuple[str, str | None]:
@@ -204,20 +225,3 @@ class _Cluster:
     def _is_on(self, factor: str) -> str:
         g = self.g
         return g.add("Sign", f"{factor}.on", g.add("Abs", f"{factor}.size", factor))
-
-    def _down(self, h: str) -> str:
-        g, at = self.g, f"{self.at}.down"
-        data, dtype = self._segment("down")
-        if dtype not in BITS:
-            values = np.ldexp(decode(data, dtype), -self.exponents["down"])
-            return g.add("MatMul", at, h, g.constant(f"{at}.weight", values))
-        q = quants_of(data, dtype)
-        scales = np.ldexp(q.scales, -self.exponents["down"])
-        ones = np.ones((BLOCK, self.n // BLOCK), np.float32)
-        blocks, columns = scales.shape[1], []
-        factors = g.split(f"{at}.factors", self._unfolded(f"{at}.scales", scales.T), blocks)
-        for block in range(blocks):
-            scaled = g.add("Mul", f"{at}{block}.h", h, factors[block])
-            quants = q.quants[:, block * BLOCK : (block + 1) * BLOCK].T
-            columns.append(g.nbits(f"{at}{block}", scaled, quants, ones, q.bits))
-        return columns[0] if len(columns) == 1 else g.add("Concat", at, *columns, axis=2)

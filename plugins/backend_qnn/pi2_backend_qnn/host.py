@@ -1,12 +1,18 @@
-"""What static graphs cannot do, in exact float32: single rows, and tokens that are not finite."""
+"""What static graphs cannot do, in exact float32: single rows, and tokens that are not finite.
+
+And what graphs with rounded weights ought to find, to judge them by.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from pi2.activations import hidden
-from pi2.tensor import F32, Ids
+from pi2.api import FfnSpec
+from pi2.bundle import BundleGeometry
+from pi2.tensor import BLOCK, F32, DType, Ids
 
 from pi2_backend_qnn.placed import Ffn, Matrix
+from pi2_backend_qnn.requantise import BITS, rounded
 
 
 def linear(matrix: Matrix, x: F32, rows: Ids | None) -> F32:
@@ -29,3 +35,21 @@ def ffn(placed: Ffn, x: F32, rows: Ids | None) -> tuple[F32, int]:
 def _dots(weights: F32, bias: F32 | None, x: F32) -> F32:
     y: F32 = x @ weights.T
     return y if bias is None else y + bias
+
+
+def rounded_ffn(placed: Ffn) -> Ffn:
+    """The FFN that a graph computes whose ``placed.weights`` are rounded, in float32 and exact."""
+    spec, bits = placed.spec, BITS[placed.weights]
+    gate: DType | None = None if spec.geometry.gate is None else "f32"
+    geometry = BundleGeometry(spec.geometry.d_model, gate, "f32", "f32", biased=spec.geometry.biased)
+    bundles = np.zeros((placed.neurons, geometry.stride), np.uint8)
+    for first in range(0, placed.neurons, placed.cluster):
+        some = placed.bundles[first : first + placed.cluster]
+        for part in geometry.segments():
+            values = spec.geometry.unpack_segment(some, part)
+            if part == "down":
+                values = rounded(np.pad(values, ((0, -len(some) % BLOCK), (0, 0))).T, bits).T[: len(some)]
+            elif part != "bias":
+                values = rounded(values, bits)
+            geometry.pack_into(bundles[first : first + placed.cluster], part, values)
+    return Ffn(bundles=bundles, spec=FfnSpec(geometry, spec.activation, spec.up_relu), cluster=placed.cluster)

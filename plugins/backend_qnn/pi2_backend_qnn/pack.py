@@ -66,7 +66,8 @@ def sizes_of(data: U8, dtype: DType) -> Sizes:
         raise GraphRefused("a weight is not finite", hint="convert the model again")
     unit = np.where(largest > 0, largest, np.float32(1))[:, None]  # squares neither overflow nor vanish
     parts = parts / unit
-    return Sizes(largest, largest * np.sqrt(np.square(parts).sum(axis=1)) * _ROUNDED)
+    with np.errstate(over="ignore"):  # then there is no bound
+        return Sizes(largest, largest * np.sqrt(np.square(parts).sum(axis=1)) * _ROUNDED)
 
 
 def exponent(largest: F32) -> int:

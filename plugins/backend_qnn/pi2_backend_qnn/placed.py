@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
@@ -12,9 +12,9 @@ import numpy as np
 from pi2.api import FfnSpec
 from pi2.tensor import F32, U8, Tensor
 
-from pi2_backend_qnn import pack
+from pi2_backend_qnn import norm_scaling, pack, requantise
 from pi2_backend_qnn.client import Reply
-from pi2_backend_qnn.scaling import FfnScaling
+from pi2_backend_qnn.scaling import Exponents, FfnScaling, input_exponents
 
 ROWS: Final = (1, 4, 8, 32, 128)
 """Tokens of a graph: 1 to 8 decode, 32 and 128 prefill; fewer tokens are padded with zeros."""
@@ -22,6 +22,9 @@ DECODE: Final = 8
 """Tokens of the largest graph for decoding; those for prompts are only made of whole handles."""
 SHARES: Final = 4
 """A handle has so many graphs for each number of tokens: the first quarter of its clusters, half, ..."""
+
+EXACT: Final = "exact"
+"""The option ``weights`` of those that stay what they are."""
 
 Shape = tuple[int, int]
 """Tokens, and clusters (1 for a matrix), of a graph."""
@@ -42,9 +45,9 @@ class AttentionShape:
     norms: Mapping[str, str]
 
 
-def rows_for(tokens: int) -> int:
+def rows_for(tokens: int, among: Sequence[int] = ROWS) -> int:
     """Tokens of the smallest graph that takes so many; of the largest, if none does."""
-    return next((rows for rows in ROWS if tokens <= rows), ROWS[-1])
+    return next((rows for rows in among if tokens <= rows), among[-1])
 
 
 @dataclass(eq=False)
@@ -58,6 +61,13 @@ class Placed:
     """How graphs were made that nobody has run yet."""
     generation: int = 0
     """Of the worker that ``graphs`` are in."""
+    weights: str = EXACT
+    """EXACT, or how they are rounded: a key of ``requantise.BITS``."""
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Tokens of its graphs.  Two at least if weights are rounded: one has other bits (QAIRT 2.51)."""
+        return ROWS if self.weights == EXACT else (2, *ROWS[1:])
 
     def forget(self, generation: int) -> None:
         """The graphs are gone."""
@@ -87,17 +97,25 @@ class Matrix(Placed):
 
     @cached_property
     def exponent(self) -> int:
-        return pack.exponent(pack.sizes_of(self.weight.data, self.weight.dtype).largest)
+        sizes = pack.sizes_of(self.weight.data, self.weight.dtype)
+        return pack.exponent(sizes.largest) if self.weights == EXACT else norm_scaling.linear_exponent(sizes)
+
+    def exponents(self, x: F32) -> Exponents:
+        """By which powers of two tokens (n, cols) are divided."""
+        return input_exponents(x) if self.weights == EXACT else norm_scaling.norm_exponents(x)
 
     @cached_property
     def digest(self) -> str:
-        return _digest(self.weight.data, f"linear {self.weight.dtype} {self.weight.cols}")
+        return _digest(self.weight.data, f"linear {self.weight.dtype} {self.weight.cols} {self.weights}")
 
     def request(self, shape: Shape) -> tuple[dict[str, Any], dict[str, U8]]:
         asked = {"do": "linear", "rows": shape[0], "dtype": self.weight.dtype, "cols": self.weight.cols}
-        return asked | {"exponent": self.exponent}, {"data": np.ascontiguousarray(self.weight.data)}
+        asked |= {"exponent": self.exponent, "weights": self.weights}
+        return asked, {"data": np.ascontiguousarray(self.weight.data)}
 
     def weight_bytes(self, shape: Shape) -> int:
+        if self.weights != EXACT:
+            return requantise.weight_bytes(self.weight.rows * self.weight.cols, self.weights)
         return self.weight.data.nbytes // pack.SHRINKS.get(self.weight.dtype, 1)
 
 
@@ -116,9 +134,16 @@ class Ffn(Placed):
             if (dtype := getattr(geometry, name)) is not None:
                 offset, size = geometry.segments()[name]
                 sizes[name] = pack.sizes_of(self.bundles[:, offset : offset + size], dtype)
-        self.exponents = {name: pack.exponent(each.largest) for name, each in sizes.items()}
         biases: F32 | None = geometry.unpack_segment(self.bundles, "bias") if geometry.biased else None
-        self.scaling = FfnScaling.of(self.spec, sizes, self.exponents, biases)
+        if self.weights == EXACT:
+            self.exponents: dict[str, Any] = {
+                name: pack.exponent(each.largest) for name, each in sizes.items()
+            }
+            self.scaling: FfnScaling = FfnScaling.of(self.spec, sizes, self.exponents, biases)
+        else:
+            powers = norm_scaling.Powers.of(self.spec, sizes, self.bundles, self.cluster)
+            self.exponents = powers.all
+            self.scaling = norm_scaling.NormScaling.of_norms(self.spec, powers, biases)
 
     def __str__(self) -> str:
         return f"these {self.neurons} neurons"
@@ -133,7 +158,7 @@ class Ffn(Placed):
 
     def shape_for(self, tokens: int, count: int) -> Shape:
         """The smallest graph that has the first ``count`` neurons."""
-        rows, needed = rows_for(tokens), -(-count // self.cluster)
+        rows, needed = rows_for(tokens, self.rows), -(-count // self.cluster)
         if rows > DECODE:
             return rows, self.clusters
         return rows, next(n for n in self.prefixes() if n >= needed)
@@ -150,7 +175,7 @@ class Ffn(Placed):
     @cached_property
     def digest(self) -> str:
         spec = self.spec
-        what = f"ffn {spec.geometry.to_dict()} {spec.activation} {spec.up_relu} {self.cluster}"
+        what = f"ffn {spec.geometry.to_dict()} {spec.activation} {spec.up_relu} {self.cluster} {self.weights}"
         return _digest(self.bundles, what)
 
     def request(self, shape: Shape) -> tuple[dict[str, Any], dict[str, U8]]:
@@ -160,11 +185,15 @@ class Ffn(Placed):
             "activation": self.spec.activation,
             "up_relu": self.spec.up_relu,
         }
-        asked = {"do": "ffn", "rows": rows, "spec": spec, "cluster": self.cluster}
+        asked = {"do": "ffn", "rows": rows, "spec": spec, "cluster": self.cluster, "weights": self.weights}
         return asked | {"exponents": self.exponents}, {"bundles": self.bundles[: clusters * self.cluster]}
 
     def weight_bytes(self, shape: Shape) -> int:
         geometry, parts = self.spec.geometry, ("gate", "up", "down")
+        if self.weights != EXACT:
+            matrices = sum(getattr(geometry, part) is not None for part in parts)
+            count = matrices * geometry.d_model * sum(self.sizes(shape[1]))
+            return requantise.weight_bytes(count, self.weights)
         sizes = [
             geometry.segments()[part][1] // pack.SHRINKS.get(dtype, 1)
             for part in parts

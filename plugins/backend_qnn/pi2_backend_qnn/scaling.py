@@ -30,9 +30,11 @@ from pi2_backend_qnn.pack import Sizes
 Exponents = NDArray[np.int32]
 """(n,), one a token."""
 
-_TRUE = (-14, 15)  # powers of two that are normal numbers in fp16; beyond, the share is 0.5, or 0 or 1
+TRUE = (-14, 15)
+"""Powers of two that are normal numbers in fp16; beyond, the share is 0.5, or 0 or 1."""
 _ONES = -14
-_MOST = 15  # of fp16, whose largest number is nearly 2**16
+MOST = 15
+"""The power of two that nothing exceeds in fp16, whose largest number is nearly 2**16."""
 
 
 def input_exponents(x: F32) -> Exponents:
@@ -77,7 +79,7 @@ class _Bounds:
         most.append((self.stages[-1][0], self.shares[:count].sum()))
         sizes = np.maximum(np.linalg.norm(x, self.order, axis=1), ones)
         with np.errstate(divide="ignore"):
-            rooms = [(_MOST - np.log2(value)) / times for times, value in most]
+            rooms = [(MOST - np.log2(value)) / times for times, value in most]
             room: F32 = np.float32(min(rooms)) - np.log2(sizes)
         return room
 
@@ -101,9 +103,7 @@ class FfnScaling:
         cls, spec: FfnSpec, sizes: Mapping[str, Sizes], exponents: Mapping[str, int], biases: F32 | None
     ) -> FfnScaling:
         """``sizes``: of each part's weights, by neuron; ``biases`` (k, 1 or 2)."""
-        gated, square = spec.geometry.gate is not None, spec.activation == "relu2"
-        pre = exponents["gate" if gated else "up"]
-        fixed = pre * (1 + square) + exponents["down"] + (exponents["up"] if gated else 0)
+        pre, fixed, factor = cls.powers(spec, exponents)
         bias = None
         added = np.zeros((2, len(sizes["up"].largest)), np.float32)
         if biases is not None:
@@ -114,8 +114,16 @@ class FfnScaling:
         bounds = []
         for order, which in ((1, "largest"), (2, "norms")):
             dots = {n: np.ldexp(getattr(sizes[n], which), -exponents[n]) for n in sizes if n != "down"}
-            bounds.append(_Bounds.of(order, dots, added, down, square))
-        return cls(pre, fixed, 1 + square + gated, bias, tuple(bounds))
+            bounds.append(_Bounds.of(order, dots, added, down, spec.activation == "relu2"))
+        return cls(pre, fixed, factor, bias, tuple(bounds))
+
+    @staticmethod
+    def powers(spec: FfnSpec, exponents: Mapping[str, int]) -> tuple[int, int, int]:
+        """``pre``, ``fixed`` and ``factor`` of an FFN."""
+        gated, square = spec.geometry.gate is not None, spec.activation == "relu2"
+        pre = exponents["gate" if gated else "up"]
+        fixed = pre * (1 + square) + exponents["down"] + (exponents["up"] if gated else 0)
+        return pre, fixed, 1 + square + gated
 
     def lift(self, x: F32, e: Exponents, count: int) -> Exponents:
         """The powers of two, at least 0, that tokens (n, d) divided by 2**e can be multiplied by if the
@@ -124,27 +132,32 @@ class FfnScaling:
         small = scaled(x, -e)
         ones = np.zeros(len(x), np.float32) if self.bias is None else np.ldexp(np.float32(1), -e)
         rooms = [bounds.room(small, ones, count) for bounds in self.bounds]
-        lift: Exponents = np.clip(np.floor(np.maximum(*rooms)), 0, _MOST).astype(np.int32)
+        lift: Exponents = np.clip(np.floor(np.maximum(*rooms)), 0, MOST).astype(np.int32)
         return lift
 
-    def inputs(self, x: F32, spec: FfnSpec, count: int) -> tuple[Exponents, dict[str, F32]]:
-        """e of every token, and what the graph is fed: x (n, d), "true" and "ones" (n, 1) if it asks.
+    def exponents(self, x: F32, spec: FfnSpec, count: int) -> Exponents:
+        """e of every token (n, d); ``count`` as in ``lift``.
 
-        ``count`` as in ``lift``; "true" and "ones" stay in the range of normal numbers.
+        "true" and "ones" stay in the range of normal numbers.
         """
-        smooth, e = spec.activation not in ("relu", "relu2"), input_exponents(x)
+        smooth, e = _is_smooth(spec), input_exponents(x)
         if self.bias is not None:
             e = np.maximum(e, np.int32(self.bias))
         lift = self.lift(x, e, count)
         if smooth:
-            lift = np.minimum(lift, e + self.pre - _TRUE[0])
+            lift = np.minimum(lift, e + self.pre - TRUE[0])
         if self.bias is not None:
             lift = np.minimum(lift, e - _ONES)
-        e = e - np.maximum(lift, 0)
+        lifted: Exponents = e - np.maximum(lift, 0)
+        return lifted
+
+    def inputs(self, x: F32, spec: FfnSpec, count: int) -> tuple[Exponents, dict[str, F32]]:
+        """e of every token, and what the graph is fed: x (n, d), "true" and "ones" (n, 1) if it asks."""
+        e = self.exponents(x, spec, count)
         fed = {"x": scaled(x, -e)}
         one = np.ones((len(x), 1), np.float32)
-        if smooth:
-            fed["true"] = scaled(one, np.clip(e + self.pre, *_TRUE))
+        if _is_smooth(spec):
+            fed["true"] = scaled(one, np.clip(e + self.pre, *TRUE))
         if self.bias is not None:
             fed["ones"] = scaled(one, -e)
         return e, fed
@@ -152,3 +165,8 @@ class FfnScaling:
     def outputs(self, y: F32, e: Exponents) -> F32:
         """The true result of (n, d) from a graph."""
         return scaled(y, self.factor * e + self.fixed)
+
+
+def _is_smooth(spec: FfnSpec) -> bool:
+    """Whether the activation function is asked for the true gate."""
+    return spec.activation not in ("relu", "relu2")

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pi2_backend_qnn.backend import QnnBackend
 from pi2_backend_qnn.ffn import begin
 from pi2_backend_qnn.placed import ROWS, Ffn
 from pi2_backend_qnn.probe import describe_npu, find_npu
+from pi2_backend_qnn.requantise import BITS
 from pi2_backend_qnn.targets import installed
 
 _REPEATS = 20
@@ -45,6 +47,10 @@ def examine(options: dict[str, str], d: int, neurons: int) -> dict[str, Any]:
             "ffns": _try(lambda: _ffns(backend, d, neurons)),
             "same_bits_in_every_graph": _try(lambda: _same_bits(backend, d, neurons)),
             "contexts": _try(lambda: _contexts(options, d, neurons)),
+            **{
+                weights: _try(partial(_rounded, {**options, "weights": weights}, d, neurons))
+                for weights in BITS
+            },
         }
         if not backend.emulated:  # an emulator's time says nothing
             found["seconds"] = _try(lambda: _seconds(backend, d, neurons))
@@ -145,6 +151,28 @@ def _contexts(options: dict[str, str], d: int, neurons: int) -> dict[str, Any]:
     return {"ok": np.array_equal(outs[0], outs[1]), "bytes": size}
 
 
+def _rounded(options: dict[str, str], d: int, neurons: int) -> dict[str, Any]:
+    """Weights that are rounded: errors beside products with rounded ones, and what rounding itself loses."""
+    errors: dict[str, float] = {}
+    losses: dict[str, float] = {}
+    backend = QnnBackend.open(options)
+    try:
+        for activation in ("relu", "silu"):
+            ffn = backend.place_ffn(*_bundles(d, neurons, "q8_0", activation))
+            meant = host.rounded_ffn(ffn)
+            for tokens in (1, 32):
+                x = _random(tokens, d, tokens)
+                out, name = np.empty_like(x), f"{activation}, {tokens} tokens"
+                backend.ffn(ffn, x, out)
+                errors[name] = _far(out, host.ffn(meant, x, None)[0])
+                losses[name] = _far(out, host.ffn(ffn, x, None)[0])
+        same = _same_bits(backend, d, neurons)
+    finally:
+        backend.close()
+    found = _judged(errors) | {"lost": losses, "same": same["same"]}
+    return found | {"ok": found["ok"] and same["ok"]}
+
+
 def _seconds(backend: QnnBackend, d: int, neurons: int) -> dict[str, Any]:
     """Medians of whole calls, FastRPC and all, and how long each graph took to be made."""
     ffn = backend.place_ffn(*_bundles(d, neurons, "q4_0", "relu"))
@@ -172,7 +200,10 @@ def main(arguments: list[str] | None = None) -> None:
     if given.d_model < 32 or given.d_model % 32 or given.neurons < 1:
         parser.error("the model's width is a multiple of 32, and there is a neuron at least")
     try:
-        found = examine(parse_choice(given.backend)[1], given.d_model, given.neurons)
+        options = parse_choice(given.backend)[1]
+        if "weights" in options:
+            parser.error("every kind of weights is tried: leave weights= out")
+        found = examine(options, given.d_model, given.neurons)
     except Pi2Error as e:
         sys.exit(f"{e}" + (f"\nhint: {e.hint}" if e.hint else ""))
     lines = [f"{'ok' if check['ok'] else 'FAILED':8}{name}" for name, check in found["checks"].items()]

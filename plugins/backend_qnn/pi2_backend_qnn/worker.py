@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
@@ -31,6 +31,10 @@ from pi2.tensor import DType, Tensor
 from pi2.threads import lock, run_together
 
 from pi2_backend_qnn.errors import DAMAGED
+from pi2_backend_qnn.requantise import BITS
+
+if TYPE_CHECKING:
+    from pi2_backend_qnn.graph import Graph
 
 EP = "QNNExecutionProvider"
 _ARM = ("aarch64", "arm64")
@@ -61,24 +65,25 @@ class Worker:
 
     def linear(
         self, number: int, rows: int, data: dict[str, Any], dtype: DType, cols: int, exponent: int,
-        save: str | None,
+        weights: str, save: str | None,
     ) -> None:  # fmt: skip
         """Compile the product with a Tensor."""
         from pi2_backend_qnn.graph import linear_graph
 
         tensor = Tensor(self._array(data), dtype, cols)
-        self._compile(number, linear_graph(rows, tensor, exponent), save)
+        self._compile(number, linear_graph(_graph(rows, weights), tensor, exponent), save)
 
     def ffn(
         self, number: int, rows: int, bundles: dict[str, Any], spec: dict[str, Any], cluster: int,
-        exponents: dict[str, int], save: str | None,
+        exponents: dict[str, Any], weights: str, save: str | None,
     ) -> None:  # fmt: skip
         """Compile an FFN of all neurons in ``bundles``."""
         from pi2_backend_qnn.graph import ffn_graph
 
         geometry = BundleGeometry.from_dict(spec["geometry"])
         described = FfnSpec(geometry, spec["activation"], spec["up_relu"])
-        self._compile(number, ffn_graph(rows, self._array(bundles), described, cluster, exponents), save)
+        graph = _graph(rows, weights)
+        self._compile(number, ffn_graph(graph, self._array(bundles), described, cluster, exponents), save)
 
     def attention(
         self, number: int, rows: int, context: int, shape: dict[str, Any], formats: dict[str, Any],
@@ -161,6 +166,14 @@ class Worker:
         if end > len(self._map):
             self._map = mmap.mmap(self._descriptor, 0)
         return np.ndarray(shape, dtype, self._map, where["offset"])
+
+
+def _graph(rows: int, weights: str) -> Graph:
+    """An empty one for such weights."""
+    from pi2_backend_qnn.graph import Graph
+    from pi2_backend_qnn.integer_graph import IntegerGraph
+
+    return IntegerGraph(rows, BITS[weights]) if weights in BITS else Graph(rows)
 
 
 class Server:

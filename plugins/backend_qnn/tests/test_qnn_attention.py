@@ -16,10 +16,9 @@ from pi2.testing.models import toy_architecture, write_toy_model
 from pi2_backend_qnn.attention import Attention, context_for
 from pi2_backend_qnn.backend import Matrices, QnnBackend
 from pi2_backend_qnn.probe import probe
+from qnn_models import PROMPT, QNN
 
 pytestmark = pytest.mark.skipif(not probe(), reason=probe().reason)
-QNN = "qnn:emulator=on,cluster=32"
-PROMPT = list(range(40, 52))
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +26,6 @@ def backend():
     opened = QnnBackend.open({"emulator": "on"})
     yield opened
     opened.close()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_toy_model(tmp_path_factory.mktemp("qnn") / "model", toy_architecture(), quant="q4_0")
 
 
 @pytest.fixture(scope="module")

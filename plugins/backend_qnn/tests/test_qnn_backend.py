@@ -221,7 +221,9 @@ def test_the_selftest_for_owners_of_a_device_passes_here_without_a_word_of_speed
         )
     found = json.loads(capsys.readouterr().out)
     assert (end.value.code, found["ok"], found["kind"]) == (0, True, "htp-emulator-x86")
-    assert len(found["checks"]) == 4
+    assert len(found["checks"]) == 6
+    lost = {weights: max(found["checks"][weights]["lost"].values()) for weights in ("w8a16", "w4a16")}
+    assert lost["w8a16"] < 0.03 < lost["w4a16"] < 0.3
     assert "seconds" not in found
     with pytest.raises(SystemExit, match="NPU"):
         selftest.main(["--json"])

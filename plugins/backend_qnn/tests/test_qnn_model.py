@@ -12,18 +12,11 @@ from pi2.hybrid import HybridOptions
 from pi2.memory import rss_bytes
 from pi2.offload_options import OffloadOptions
 from pi2.sampling import Sampling
-from pi2.testing.models import toy_architecture, write_toy_model
 from pi2_backend_qnn.backend import QnnBackend
 from pi2_backend_qnn.probe import probe
+from qnn_models import PROMPT, QNN
 
 pytestmark = pytest.mark.skipif(not probe(), reason=probe().reason)
-QNN = "qnn:emulator=on,cluster=32"
-PROMPT = list(range(40, 52))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_toy_model(tmp_path_factory.mktemp("qnn") / "model", toy_architecture(), quant="q4_0")
 
 
 @pytest.fixture(scope="module")

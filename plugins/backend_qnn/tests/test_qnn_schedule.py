@@ -101,7 +101,7 @@ class Model:
         self.npu = SimulatedNpu(device)
         backend = object.__new__(QnnBackend)
         backend._programs, backend._contexts = Programs(self.npu, None), None
-        backend._trouble, backend._cluster = None, CLUSTER
+        backend._trouble, backend._cluster, backend._weights = None, CLUSTER, "exact"
         self.swaps = []
         finish = backend.finish_ffn
         backend.finish_ffn = lambda ticket, out: self.seen(finish(ticket, out))

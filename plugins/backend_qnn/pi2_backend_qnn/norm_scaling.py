@@ -1,0 +1,123 @@
+"""Powers of two for graphs of integers: every token's 2-norm is below 1 when it goes in.
+
+A dot product is at most the product of both 2-norms, so that with the norms of weights all ranges are known
+(``pi2_backend_qnn.integer_graph``).  Weights get powers of two that leave fp16, between products, as much
+room below as there is: nothing can exceed 2**15, whatever the token is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pi2.api import FfnSpec
+from pi2.tensor import F32, U8
+
+from pi2_backend_qnn.errors import GraphRefused
+from pi2_backend_qnn.pack import Sizes
+from pi2_backend_qnn.scaling import MOST, TRUE, Exponents, FfnScaling, input_exponents, scaled
+
+HIDDEN_MARGIN = 1.125
+"""What the norm of hidden values is multiplied by, for what fp16 loses of it."""
+_GROWN = 2
+"""Powers of two: rounded weights, and outliers apart, have norms of at most 2 * 2**0.5 of what they had."""
+_ROUNDED = np.float32(1 + 2**-12)  # more than float32 loses of a norm
+_LINEAR = 8  # the power of two that results of a matrix stay below, but for what rounding adds
+
+
+def norm_exponents(x: F32) -> Exponents:
+    """An e for each row of finite ``x`` (n, cols) with a 2-norm of less than 2**e; 0 for a row of zeros."""
+    e = input_exponents(x)
+    norms = np.linalg.norm(scaled(x, -e), axis=1) * _ROUNDED
+    found: Exponents = e + np.frexp(norms)[1].astype(np.int32)
+    return found
+
+
+def linear_exponent(sizes: Sizes) -> int:
+    """Of a matrix."""
+    return int(_powers(sizes.norms.max(initial=0))) - _LINEAR
+
+
+@dataclass(frozen=True, slots=True)
+class Powers:
+    """Of two, that weights are divided by: those of gate and up, and of each output of ``down``, (d,)."""
+
+    dots: dict[str, int]
+    down: Exponents
+
+    @classmethod
+    def of(cls, spec: FfnSpec, sizes: Mapping[str, Sizes], bundles: U8, cluster: int) -> Powers:
+        """For the neurons (k, stride), in clusters of so many.
+
+        A dot product and its bias are at most half of 2**b each, b powers of two for each factor of a hidden
+        value, and these at most 2**15; all clusters' results of ``down`` together are 2**15 at most, too.
+        Raises GraphRefused.
+        """
+        half = _dots_power(spec) - 1
+        dots = {
+            name: int(_powers(each.norms.max(initial=0))) + _GROWN - half
+            for name, each in sizes.items()
+            if name != "down"
+        }
+        norms = np.zeros(spec.geometry.d_model, np.float32)
+        for first in range(0, len(bundles), cluster):
+            down = spec.geometry.unpack_segment(bundles[first : first + cluster], "down")
+            with np.errstate(over="ignore"):  # then they are refused
+                norms += np.linalg.norm(down, axis=0)
+        grown = _GROWN + math.ceil(math.log2(HIDDEN_MARGIN * math.sqrt(cluster)))
+        return cls(dots, _powers(norms) + np.int32(grown))
+
+    @property
+    def all(self) -> dict[str, Any]:
+        """By part, as a worker is told."""
+        return {**self.dots, "down": self.down.tolist()}
+
+
+def _powers(sizes: F32) -> Exponents:
+    """The least e with size < 2**e for each; 0 for nothing.  Raises GraphRefused if there is none."""
+    if not np.isfinite(sizes).all():
+        raise GraphRefused("weights are too large", hint="use qnn:weights=exact")
+    found: Exponents = np.frexp(sizes)[1].astype(np.int32)
+    return found
+
+
+def _factors(spec: FfnSpec) -> int:
+    return 1 + (spec.activation == "relu2") + (spec.geometry.gate is not None)
+
+
+def _dots_power(spec: FfnSpec) -> int:
+    return MOST // _factors(spec)
+
+
+@dataclass(frozen=True, slots=True)
+class NormScaling(FfnScaling):
+    """Which e tokens are given at least is in ``least``: for biases, and so that SiLU and GELU can be asked
+    for the true gate in fp16.  ``outputs_of``: powers of two for each output beside the others, (d,).
+    """
+
+    least: int
+    outputs_of: Exponents
+
+    @classmethod
+    def of_norms(cls, spec: FfnSpec, powers: Powers, biases: F32 | None) -> NormScaling:
+        """``biases`` (k, 1 or 2).  Raises GraphRefused."""
+        pre, fixed, factor = FfnScaling.powers(spec, {**powers.dots, "down": 0})
+        least = -(1 << 20)
+        if biases is not None:
+            largest = int(_powers(np.abs(biases).max(initial=0)))
+            least = max(-MOST, largest - min(powers.dots["up"], pre) - _dots_power(spec) + 1)
+        if spec.activation not in ("relu", "relu2"):
+            least = max(least, TRUE[0] - pre)
+        bias = None if biases is None else least
+        return cls(pre, fixed, factor, bias, (), least, powers.down)
+
+    def exponents(self, x: F32, spec: FfnSpec, count: int) -> Exponents:
+        return np.maximum(norm_exponents(x), np.int32(self.least))
+
+    def outputs(self, y: F32, e: Exponents) -> F32:
+        with np.errstate(over="ignore"):
+            true: F32 = np.ldexp(y, (self.factor * e + self.fixed)[:, None] + self.outputs_of)
+        return true
