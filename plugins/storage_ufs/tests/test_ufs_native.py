@@ -104,7 +104,8 @@ def test_a_native_wait_for_ever_ends_with_the_deadline(content, tmp_path):
 def test_a_guess_is_not_among_what_somebody_waits_for(engine, content, tmp_path):
     """A device serves what it has in any order."""
     slow = tmp_path / "slow.yaml"
-    slow.write_text("random_small: 100000\nrandom_large: 100000\nsequential_small: 100000\nsequential_large: 100000\n")
+    rates = ("random_small", "random_large", "sequential_small", "sequential_large")
+    slow.write_text("".join(f"{rate}: 100000\n" for rate in rates))
     tier = UfsTier.open({"throttle": str(slow), "engine": engine})
     file, into = tier.open_file(content[0]), aligned(4 * BLOCK).reshape(4, BLOCK)
     wanted, _ = submit(tier, file, [(0, BLOCK, into[0]), (9 * BLOCK, BLOCK, into[1])])
