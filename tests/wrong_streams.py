@@ -48,8 +48,9 @@ class OneByOne(PlainBackend):
     def failed(self, stream, place, slot, failure):
         raise StorageError.from_errno(failure.code, path=place.path, offset=failure.offset)
 
-    def stream_ffn(self, stream, place, neurons, slots, x, out):
+    def stream_ffn(self, stream, place, neurons, slots, x, out, meanwhile=None):
         count, size = StreamCount(), stream.slab.bundles.shape[1]
+        count.present = int((stream.states[slots] == SlotState.PRESENT).sum())
         while set(slots) & set(stream.tickets):
             self.settle_one(stream, next(iter(set(slots) & set(stream.tickets))))
         for neuron, slot in zip(neurons, slots, strict=True):
@@ -64,6 +65,8 @@ class OneByOne(PlainBackend):
             self.note(stream, place, neuron, Stage.GATE_READ, 255)
         for neuron in neurons:
             self.note(stream, place, neuron, Stage.GATE_COMPUTE, 0)
+        if meanwhile is not None:
+            meanwhile()
         count.active = self.slab_ffn(stream.slab, neurons, slots, x, out)
         return count
 
@@ -99,16 +102,16 @@ class TestOneByOne(BackendTests):
 
 class TestComputesBeforeTheBytesAreThere(BackendTests):
     class plugin(OneByOne):  # noqa: N801
-        def stream_ffn(self, stream, place, neurons, slots, x, out):
+        def stream_ffn(self, stream, place, neurons, slots, x, out, meanwhile=None):
             self.slab_ffn(stream.slab, neurons, slots, x, out)
-            return super().stream_ffn(stream, place, neurons, slots, x, out.copy())
+            return super().stream_ffn(stream, place, neurons, slots, x, out.copy(), meanwhile)
 
 
 class TestTakesAGateForAWholeNeuron(BackendTests):
     class plugin(OneByOne):  # noqa: N801
-        def stream_ffn(self, stream, place, neurons, slots, x, out):
+        def stream_ffn(self, stream, place, neurons, slots, x, out, meanwhile=None):
             stream.states[stream.states == SlotState.GATE] = SlotState.PRESENT
-            return super().stream_ffn(stream, place, neurons, slots, x, out)
+            return super().stream_ffn(stream, place, neurons, slots, x, out, meanwhile)
 
 
 class TestUsesWhatItCouldNotRead(BackendTests):
@@ -135,3 +138,17 @@ class TestTracesUnasked(BackendTests):
     class plugin(OneByOne):  # noqa: N801
         def note(self, stream, place, neuron, stage, thread):
             stream.spans.append((place.ffn, neuron, stage, thread, 1, 0.0, 1.0))
+
+
+class TestForgetsWhatItIsToDoMeanwhile(BackendTests):
+    class plugin(OneByOne):  # noqa: N801
+        def stream_ffn(self, stream, place, neurons, slots, x, out, meanwhile=None):
+            return super().stream_ffn(stream, place, neurons, slots, x, out)
+
+
+class TestCountsNeuronsThatItHadToRead(BackendTests):
+    class plugin(OneByOne):  # noqa: N801
+        def stream_ffn(self, stream, place, neurons, slots, x, out, meanwhile=None):
+            count = super().stream_ffn(stream, place, neurons, slots, x, out, meanwhile)
+            count.present = len(neurons)
+            return count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -124,12 +125,10 @@ class OffloadedFfns:
                 self.fit(1)
                 self.lookahead.next_token()
             slots = self.cache.acquire(ffn, neurons)
-            self._count(ffn, neurons, slots)
+            self.count.wanted += len(neurons)
             arriving = self.lookahead.pending
-            if self.lookahead.on:
-                self._start_reading(ffn, neurons, slots)
-                self._guess_next(ffn, x, slots)
-            count = self.pipeline.ffn(self.places[ffn], neurons, slots, x, out)
+            meanwhile = partial(self._look_ahead, ffn, neurons, slots, x)
+            count = self.pipeline.ffn(self.places[ffn], neurons, slots, x, out, meanwhile)
             if arriving:
                 self._settle(*arriving)
         except StorageError:
@@ -149,27 +148,21 @@ class OffloadedFfns:
             self.cache.reset()
         self._inside = True
 
-    def _count(self, ffn: int, neurons: Ids, slots: Ids) -> None:
-        total = self.count
-        total.wanted += len(neurons)
-        total.present += int(np.count_nonzero(self.cache.states[slots] == SlotState.PRESENT))
+    def _look_ahead(self, ffn: int, neurons: Ids, slots: Ids, x: F32) -> None:
+        """While ``neurons`` are read: judge what was guessed of them, guess what comes next."""
         if self.lookahead.pending:
             guessed = self.lookahead.pending[1]
             self._named[neurons] = True
             useful = int(np.count_nonzero(self._named[guessed]))
             self._named[neurons] = False
-            total.useful += useful
+            self.count.useful += useful
             self.lookahead.learn(len(guessed), useful)
-
-    def _start_reading(self, ffn: int, neurons: Ids, slots: Ids) -> None:
-        """Nobody waits for the guess of what comes next: what is missing now is read meanwhile."""
-        if not self.two_phase and self.options.bundled:
-            missing = self.cache.states[slots] == SlotState.EMPTY
-            self.pipeline.prefetch(self.places[ffn], neurons[missing], slots[missing])
+            self.lookahead.pending = None
+        if self.lookahead.on:
+            self._guess_next(ffn, x, slots)
 
     def _guess_next(self, ffn: int, x: F32, slots: Ids) -> None:
         """Start to read what FFN ``ffn + 1`` will probably want and does not have."""
-        self.lookahead.pending = None
         guess = self.lookahead.guess(self._predictor, ffn, x)
         if guess is None or len(guess[0]) + len(slots) > self.cache.capacity:
             return

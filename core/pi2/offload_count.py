@@ -13,8 +13,6 @@ class OffloadCount:
 
     wanted: int = 0
     """Candidates: neurons that the predictor named."""
-    present: int = 0
-    """Of those, in memory when they were wanted."""
     guessed: int = 0
     """Neurons that look-ahead asked to be read."""
     useful: int = 0
@@ -22,6 +20,11 @@ class OffloadCount:
     wasted_bytes: int = 0
     """Read for guesses that nobody waited for."""
     stream: StreamCount = field(default_factory=StreamCount)
+
+    @property
+    def present(self) -> int:
+        """Of those wanted, in memory when they were."""
+        return self.stream.present
 
     @property
     def bytes_read(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -32,7 +33,9 @@ _STAGING = 8 << 20  # bytes read at once
 class FfnPipeline(Protocol):
     """Computes neurons that lie in slots of a slab, or still on flash."""
 
-    def ffn(self, place: FfnPlace, neurons: Ids, slots: Ids, x: F32, out: F32) -> StreamCount:
+    def ffn(
+        self, place: FfnPlace, neurons: Ids, slots: Ids, x: F32, out: F32, meanwhile: Callable[[], None]
+    ) -> StreamCount:
         """``SupportsStreaming.stream_ffn``."""
         ...
 
@@ -66,8 +69,10 @@ class NativePipeline:
             bundled=bundled,
         )  # fmt: skip
 
-    def ffn(self, place: FfnPlace, neurons: Ids, slots: Ids, x: F32, out: F32) -> StreamCount:
-        return self._backend.stream_ffn(self._stream, place, neurons, slots, x, out)
+    def ffn(
+        self, place: FfnPlace, neurons: Ids, slots: Ids, x: F32, out: F32, meanwhile: Callable[[], None]
+    ) -> StreamCount:
+        return self._backend.stream_ffn(self._stream, place, neurons, slots, x, out, meanwhile)
 
     def prefetch(self, place: FfnPlace, neurons: Ids, slots: Ids) -> None:
         self._backend.stream_prefetch(self._stream, place, neurons, slots)
@@ -114,9 +119,12 @@ class PythonPipeline:
         self._trace = trace
         self._spans: list[tuple[int, int, int, int, int, float, float]] = []
 
-    def ffn(self, place: FfnPlace, neurons: Ids, slots: Ids, x: F32, out: F32) -> StreamCount:
+    def ffn(
+        self, place: FfnPlace, neurons: Ids, slots: Ids, x: F32, out: F32, meanwhile: Callable[[], None]
+    ) -> StreamCount:
         start, count = time.perf_counter(), StreamCount()
         states = self._states
+        count.present = int(np.count_nonzero(states[slots] == SlotState.PRESENT))
         count.bytes_read += self.settle(slots[states[slots] == SlotState.LOADING])
         count.wait_s += time.perf_counter() - start
         empty = states[slots] == SlotState.EMPTY
@@ -129,6 +137,7 @@ class PythonPipeline:
             self._load_active(place, neurons, slots, x, count)
             present = states[slots] == SlotState.PRESENT
             neurons, slots = neurons[present], slots[present]
+        meanwhile()
         begin = time.perf_counter()
         count.active = self._compute(neurons, slots, x, out)
         end = time.perf_counter()

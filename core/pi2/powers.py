@@ -6,6 +6,7 @@ accelerators are in ``pi2.accelerator``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -70,6 +71,8 @@ class StreamCount:
     """What one streamed FFN cost.  Seconds of wall clock, but the stages: of threads, added up."""
 
     active: int = 0
+    present: int = 0
+    """Of the candidates, those whose slot was PRESENT at first."""
     reads: int = 0
     bytes_read: int = 0
     wall_s: float = 0.0
@@ -118,13 +121,16 @@ class SupportsStreaming(SupportsSlab, Protocol):
         ...
 
     def stream_ffn(
-        self, stream: Any, place: FfnPlace, neurons: Ids, slots: Ids, x: F32, out: F32
-    ) -> StreamCount:
+        self, stream: Any, place: FfnPlace, neurons: Ids, slots: Ids, x: F32, out: F32,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> StreamCount:  # fmt: skip
         """``slab_ffn`` for one token, x (1, d), where slots that are not PRESENT are read first or meanwhile.
 
         Slots that are LOADING are waited for.  Afterwards all are PRESENT, or GATE with a gate of zero.
-        The same bits as ``slab_ffn`` of a full slab.  Raises StorageError with path and offset; slots
-        that were not read are EMPTY then, and nobody writes to them.
+        The same bits as ``slab_ffn`` of a full slab.  ``meanwhile`` is called once, best when the reads
+        have begun: it may ask the backend for products and prefetch into other slots.
+        Raises StorageError with path and offset; slots that were not read are EMPTY then, and nobody
+        writes to them.
         """
         ...
 

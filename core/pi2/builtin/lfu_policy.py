@@ -17,7 +17,7 @@ class LfuPolicy(CachePolicy):
 
     A use counts half after ``half_life`` tokens, a quarter after twice as many; residents or not, so that
     who comes back is known.  How often a neuron was used when that was counted weighs as much as its
-    uses of late.  Ties go to the smaller key.
+    uses of late.
     """
 
     name = "lfu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,10 +86,10 @@ class Running:
     def prefetch(self) -> None:
         self.backend.stream_prefetch(self.stream, PLACE, self.guessed, self.guessed_slots)
 
-    def ffn(self) -> tuple[F32, StreamCount]:
+    def ffn(self, meanwhile: Callable[[], None] | None = None) -> tuple[F32, StreamCount]:
         x, slab = self.case.slab.ffn.x, self.case.slab
         out = np.full_like(x, np.nan)
-        count = self.backend.stream_ffn(self.stream, PLACE, slab.rows, slab.slots, x, out)
+        count = self.backend.stream_ffn(self.stream, PLACE, slab.rows, slab.slots, x, out, meanwhile)
         return out, count
 
     def attempt(self) -> tuple[F32, StorageError | None]:
@@ -144,11 +145,13 @@ class StreamingTests(PluginTests):
         running = Running(streaming, case)
         running.prefetch()
         before = running.slab.copy()
-        for _ in range(2):
+        present = np.count_nonzero(case.plan[case.slab.rows] == SlotState.PRESENT)
+        for again in range(2):
             out, count = running.ffn()
             expected, active = running.expected()
             assert out.tobytes() == expected.tobytes()
             assert count.active == active
+            assert again or count.present == present
         assert count.bytes_read == 0, "the second call found everything there"
         running.check_bytes()
         firing = running.active()
@@ -210,6 +213,31 @@ class StreamingTests(PluginTests):
         assert nbytes == np.count_nonzero(states) * running.slab.shape[1]
         assert cancel or np.all(states == (SlotState.EMPTY if fails else SlotState.PRESENT))
         running.check_bytes()
+        running.close()
+
+    @examples(60)
+    @given(case=stream_cases(), fails=st.booleans())
+    def test_something_else_is_done_meanwhile(self, streaming: Any, case: StreamCase, fails: bool) -> None:
+        """Products on the same backend, and a prefetch into another slot.  Its error ends the call."""
+        running, calls = Running(streaming, case), []
+        running.prefetch()
+        spare = np.setdiff1d(np.arange(len(running.slab)), case.slab.slots)[:1].astype(np.int32)
+
+        def meanwhile() -> None:
+            calls.append(running.expected()[0])
+            streaming.stream_prefetch(running.stream, PLACE, np.zeros_like(spare), spare)
+            if fails:
+                raise ArithmeticError
+
+        if fails:
+            with pytest.raises(ArithmeticError):
+                running.ffn(meanwhile)
+        else:
+            assert running.ffn(meanwhile)[0].tobytes() == running.expected()[0].tobytes()
+        assert [out.tobytes() for out in calls] == [running.expected()[0].tobytes()]
+        assert SlotState.LOADING not in running.states[case.slab.slots]
+        assert streaming.stream_settle(running.stream) == spare.size * running.slab.shape[1]
+        assert running.ffn()[0].tobytes() == running.expected()[0].tobytes()
         running.close()
 
     @examples(20)

@@ -69,7 +69,7 @@ class Place(ctypes.Structure):
 
 class StreamCount(ctypes.Structure):
     _fields_: ClassVar = [
-        *((name, c_int64) for name in ("active", "reads", "bytes_read")),
+        *((name, c_int64) for name in ("active", "present", "reads", "bytes_read")),
         *((name, c_double) for name in ("wall_s", "wait_s", "gate_s", "up_down_s")),
     ]
 
@@ -123,7 +123,8 @@ def library() -> ctypes.CDLL | None:
             c_void_p,
             [c_void_p, POINTER(Ffn), c_void_p, c_int64, c_void_p, c_int64, *how],
         ),
-        "pi2_cpu_stream_ffn": (c_int32, [*streamed, c_void_p, c_void_p, POINTER(StreamCount), failed]),
+        "pi2_cpu_stream_begin": (None, [*streamed, c_void_p]),
+        "pi2_cpu_stream_finish": (c_int32, [c_void_p, c_void_p, POINTER(StreamCount), failed]),
         "pi2_cpu_stream_prefetch": (c_int32, [*streamed, failed]),
         "pi2_cpu_stream_settle": (c_int64, [c_void_p, *rows, c_int32]),
         "pi2_cpu_stream_spans": (c_int64, [c_void_p, c_void_p]),

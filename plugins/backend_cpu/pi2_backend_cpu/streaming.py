@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import byref
 from dataclasses import dataclass
 
@@ -64,13 +65,18 @@ class Streaming:
         return Stream(address, slab, states)
 
     def stream_ffn(
-        self, stream: Stream, place: FfnPlace, neurons: Ids, slots: Ids, x: F32, out: F32
-    ) -> StreamCount:
-        count, failure = native.StreamCount(), native.Failure()
-        code = self._lib.pi2_cpu_stream_ffn(
-            _open(stream), byref(_place(place)), *_selected(neurons, slots), x.ctypes.data, out.ctypes.data,
-            byref(count), byref(failure),
-        )  # fmt: skip
+        self, stream: Stream, place: FfnPlace, neurons: Ids, slots: Ids, x: F32, out: F32,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> StreamCount:  # fmt: skip
+        count, failure, address = native.StreamCount(), native.Failure(), _open(stream)
+        try:
+            self._lib.pi2_cpu_stream_begin(
+                address, byref(_place(place)), *_selected(neurons, slots), x.ctypes.data
+            )
+            if meanwhile is not None:
+                meanwhile()
+        finally:
+            code = self._lib.pi2_cpu_stream_finish(address, out.ctypes.data, byref(count), byref(failure))
         if code != 0:
             raise StorageError.from_errno(failure.code, path=place.path, offset=failure.offset)
         return StreamCount(*(getattr(count, name) for name in _COUNTED))
@@ -99,7 +105,7 @@ class Streaming:
             stream.address = None
 
 
-_COUNTED = ("active", "reads", "bytes_read", "wall_s", "wait_s", "gate_s", "up_down_s")
+_COUNTED = ("active", "present", "reads", "bytes_read", "wall_s", "wait_s", "gate_s", "up_down_s")
 
 
 def _open(stream: Stream) -> int:

@@ -38,14 +38,18 @@ int64_t range_size(int64_t neurons) {
   return std::clamp<int64_t>((share + 15) / 16 * 16, kSmallest, kLargest);
 }
 
-OneToken::OneToken(pi2_cpu& cpu, const pi2_ffn& f, const Candidates& candidates, const float* x)
-    : cpu_(cpu), f_(f), candidates_(candidates), x_(x), size_(range_size(f.count)) {
+OneToken::OneToken(pi2_cpu& cpu, const pi2_ffn& f, const Candidates& candidates, const float* x,
+                   TokenScratch& scratch)
+    : cpu_(cpu), f_(f), candidates_(candidates), x_(x), scratch_(scratch), size_(range_size(f.count)) {
   ranges_ = (f.count + size_ - 1) / size_;
-  if (cpu.integers_for(f.gate) || cpu.integers_for(f.up)) cpu.quantise(x, 1, f.d_model);
-  cpu.hidden.resize(candidates.count);
-  cpu.sums.resize(ranges_ * f.d_model);
-  cpu.active.resize(ranges_);
-  hidden_ = cpu.hidden.data();
+  scratch.hidden.resize(candidates.count);
+  scratch.sums.resize(ranges_ * f.d_model);
+  scratch.active.resize(ranges_);
+  hidden_ = scratch.hidden.data();
+}
+
+void OneToken::prepare() {
+  if (cpu_.integers_for(f_.gate) || cpu_.integers_for(f_.up)) cpu_.quantise(x_, 1, f_.d_model);
 }
 
 // The rows at `offset` of k candidates times x; of `known` candidates it is known that they come next.
@@ -88,14 +92,14 @@ void OneToken::downs(int64_t range) {
     on[active] = static_cast<int32_t>(i);
     active += hidden_[i] != 0.0f;
   }
-  cpu_.active[range] = 0;
+  scratch_.active[range] = 0;
   add_downs(range, on, active, active);
 }
 void OneToken::compute(int64_t range) {
   const int64_t last = begin(range + 1);
   int32_t on[2 * kTogether];  // whose gates are not zero: of these neurons, then of the next
   int64_t here = 0, next = 0;
-  cpu_.active[range] = 0;
+  scratch_.active[range] = 0;
   for (int64_t first = begin(range); here > 0 || first < last; first += kTogether, here = next) {
     next = 0;
     if (first < last) {
@@ -123,8 +127,8 @@ void OneToken::add_downs(int64_t range, const int32_t* which, int64_t k, int64_t
   if (active == 0) return;
   const Ahead ahead(rows, active, all, row_bytes(f_.down, f_.d_model));
   cpu_.kernels->add_rows(static_cast<DType>(f_.down), rows, ahead.rows, h, active, f_.d_model,
-                         cpu_.active[range] == 0, cpu_.sums.data() + range * f_.d_model);
-  cpu_.active[range] += active;
+                         scratch_.active[range] == 0, scratch_.sums.data() + range * f_.d_model);
+  scratch_.active[range] += active;
 }
 
 int64_t OneToken::total(float* out) {
@@ -133,13 +137,13 @@ int64_t OneToken::total(float* out) {
     const int64_t first = part * kColumns, last = std::min(d, first + kColumns);
     std::fill(out + first, out + last, 0.0f);
     for (int64_t r = 0; r < ranges_; ++r) {
-      if (cpu_.active[r] == 0) continue;
-      const float* sum = cpu_.sums.data() + r * d;
+      if (scratch_.active[r] == 0) continue;
+      const float* sum = scratch_.sums.data() + r * d;
       for (int64_t c = first; c < last; ++c) out[c] += sum[c];
     }
   });
   int64_t active = 0;
-  for (int64_t r = 0; r < ranges_; ++r) active += cpu_.active[r];
+  for (int64_t r = 0; r < ranges_; ++r) active += scratch_.active[r];
   return active;
 }
 

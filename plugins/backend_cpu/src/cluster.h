@@ -24,10 +24,14 @@ int64_t range_size(int64_t neurons);
 // these.
 class OneToken {
  public:
-  // x, out (d_model); `f.count` neurons make up the FFN.
-  OneToken(pi2_cpu& cpu, const pi2_ffn& f, const Candidates& candidates, const float* x);
+  // x, out (d_model); `f.count` neurons make up the FFN.  `scratch` is this token's until it is computed.
+  OneToken(pi2_cpu& cpu, const pi2_ffn& f, const Candidates& candidates, const float* x,
+           TokenScratch& scratch);
+  // Before the first neuron is computed: the context is this token's from now on.
+  void prepare();
 
   int64_t ranges() const { return ranges_; }
+  int64_t active(int64_t range) const { return scratch_.active[range]; }
   int64_t begin(int64_t range) const { return candidates_.first_from(range * size_); }
   const uint8_t* bundle(int64_t i) const { return ::bundle(f_, candidates_.slots, i); }
   // h of k candidates, as far as the gates know it; `on`, which may be `which`, gets those that are not zero.
@@ -51,6 +55,7 @@ class OneToken {
   const pi2_ffn& f_;
   Candidates candidates_;
   const float* x_;
+  TokenScratch& scratch_;
   int64_t size_, ranges_;
   float* hidden_;  // (candidates)
 };

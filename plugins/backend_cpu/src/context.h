@@ -20,6 +20,13 @@ struct QuantisedBatch {
   }
 };
 
+// Of one token's FFN: h of the candidates, and the sums of the ranges that they lie in.
+struct TokenScratch {
+  std::vector<float> hidden;    // (k)
+  std::vector<float> sums;      // (ranges, d): of the down rows of a range's active neurons
+  std::vector<int64_t> active;  // (ranges): how many those are
+};
+
 struct pi2_cpu {
   pi2_cpu(const pi2::Kernels* table, int threads, const int32_t* cpus, bool use_integers)
       : kernels(table), pool(threads, cpus), integer(use_integers) {}
@@ -28,9 +35,8 @@ struct pi2_cpu {
   pi2::Pool pool;
   bool integer;
   QuantisedBatch batch;
+  TokenScratch token;
   std::vector<float> hidden;                // (n, k)
-  std::vector<float> sums;                  // (ranges, d): of the down rows of a range's active neurons
-  std::vector<int64_t> active;              // (ranges): how many those are
   std::vector<uint8_t> tiles[3];            // x of many tokens, packed for each kind of panel
   std::vector<uint8_t> any_active;          // (k): whether a neuron is active for any token
   std::vector<int32_t> active_places;       // of these neurons among the k, and

@@ -7,7 +7,8 @@ namespace {
 
 int64_t one_token(pi2_cpu& cpu, const pi2_ffn& f, const float* x, const pi2::Candidates& candidates,
                   float* out) {
-  pi2::OneToken token(cpu, f, candidates, x);
+  pi2::OneToken token(cpu, f, candidates, x, cpu.token);
+  token.prepare();
   cpu.pool.for_each(token.ranges(), [&](int64_t range) { token.compute(range); });
   return token.total(out);
 }

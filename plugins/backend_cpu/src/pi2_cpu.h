@@ -87,7 +87,7 @@ typedef struct { /* pi2.powers.FfnPlace */
 } pi2_place;
 
 typedef struct { /* pi2.powers.StreamCount */
-  int64_t active, reads, bytes_read;
+  int64_t active, present, reads, bytes_read;
   double wall_s, wait_s, gate_s, up_down_s;
 } pi2_stream_count;
 
@@ -104,13 +104,16 @@ typedef struct { /* pi2.powers.SPANS; cluster is the id of its first neuron */
 PI2_API pi2_stream* pi2_cpu_stream_open(pi2_cpu* cpu, const pi2_ffn* slab, uint8_t* states, int64_t slots,
                                         const pi2_storage_abi* abi, int64_t page, int32_t two_phase,
                                         int64_t cluster, int32_t trace, int32_t overlap, int32_t bundled);
+/* Begins a call: starts to read what is missing.  Before it is finished, the context may compute something
+ * else and the stream may prefetch; x (d_model) stays where it is. */
+PI2_API void pi2_cpu_stream_begin(pi2_stream* stream, const pi2_place* place, const int32_t* neurons,
+                                  const int32_t* slots, int64_t k, const float* x);
 /* 0, or the errno that `failure` has: then all that was begun is over, and what was not read is EMPTY. */
-PI2_API int32_t pi2_cpu_stream_ffn(pi2_stream* stream, const pi2_place* place, const int32_t* neurons,
-                                   const int32_t* slots, int64_t k, const float* x, float* out,
-                                   pi2_stream_count* count, pi2_storage_failure* failure);
+PI2_API int32_t pi2_cpu_stream_finish(pi2_stream* stream, float* out, pi2_stream_count* count,
+                                      pi2_storage_failure* failure);
 PI2_API int32_t pi2_cpu_stream_prefetch(pi2_stream* stream, const pi2_place* place, const int32_t* neurons,
                                         const int32_t* slots, int64_t k, pi2_storage_failure* failure);
-/* slots NULL: all.  Returns the bytes that were read. */
+/* slots NULL: all, and a call that was begun is given up.  Returns the bytes that were read. */
 PI2_API int64_t pi2_cpu_stream_settle(pi2_stream* stream, const int32_t* slots, int64_t k, int32_t cancel);
 /* How many spans there are, or, with `into`, moves them there. */
 PI2_API int64_t pi2_cpu_stream_spans(pi2_stream* stream, pi2_span* into);

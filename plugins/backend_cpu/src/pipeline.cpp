@@ -3,6 +3,7 @@
 #include <errno.h>
 
 #include <algorithm>
+#include <thread>
 
 namespace pi2 {
 namespace {
@@ -15,17 +16,38 @@ constexpr double kPatience = 1;   // seconds after which it sleeps for the oldes
 }  // namespace
 
 Pipeline::Pipeline(pi2_stream& stream, const pi2_place& place, const Candidates& candidates, const float* x)
-    : s_(stream), place_(place), candidates_(candidates), token_(*stream.cpu, stream.f, candidates, x) {}
+    : s_(stream),
+      place_(place),
+      ids_(candidates.ids, candidates.ids + candidates.count),
+      slots_(candidates.slots, candidates.slots + candidates.count),
+      candidates_{ids_.data(), slots_.data(), candidates.count},
+      token_(*stream.cpu, stream.f, candidates_, x, stream.token) {}
 
-int32_t Pipeline::run(float* out, pi2_stream_count* count, pi2_storage_failure* failure) {
-  const double start = idle_since_ = now();
+void Pipeline::begin() {
+  began_ = idle_since_ = now();
   plan();
-  s_.cpu->pool.for_each(s_.cpu->pool.size(), [&](int64_t thread) { work(static_cast<uint8_t>(thread)); });
+  Lock lock(mutex_);
+  if (can_submit()) submit(lock);
+}
+
+int32_t Pipeline::finish(float* out, pi2_stream_count* count, pi2_storage_failure* failure) {
+  idle_since_ = now();
+  token_.prepare();
+  work_all();
   if (!failed_) count_.active = token_.total(out);
-  count_.wall_s = now() - start;
+  count_.wall_s = now() - began_;
   *count = count_;
   *failure = failure_;
   return failure_.code;
+}
+
+void Pipeline::abandon() {
+  fail({ECANCELED, -1});
+  work_all();
+}
+
+void Pipeline::work_all() {
+  s_.cpu->pool.for_each(s_.cpu->pool.size(), [&](int64_t thread) { work(static_cast<uint8_t>(thread)); });
 }
 
 void Pipeline::work(uint8_t thread) {
@@ -71,6 +93,7 @@ void Pipeline::submit(Lock& lock) {
   while (!failed_ && !waiting_.empty() && in_flight_.size() < kInFlight) {
     Unit unit = waiting_.front();
     waiting_.pop_front();
+    const bool more = !waiting_.empty() && in_flight_.size() + 1 < kInFlight;
     lock.unlock();
     std::vector<int32_t> neurons, slots;
     for (int64_t i = unit.first; i < unit.first + unit.count; ++i) {
@@ -81,8 +104,8 @@ void Pipeline::submit(Lock& lock) {
     bytes(unit, &first, &last);
     pi2_storage_failure failure{0, -1};
     unit.start = now();
-    unit.ticket = s_.submit(place_, neurons.data(), slots.data(), unit.count, first, last, PI2_STORAGE_DEMAND,
-                            &failure);
+    unit.ticket = s_.submit(place_, neurons.data(), slots.data(), unit.count, first, last,
+                            PI2_STORAGE_DEMAND | (more ? PI2_STORAGE_MORE : 0), &failure);
     lock.lock();
     if (unit.ticket == 0) {
       fail(failure);
@@ -94,6 +117,9 @@ void Pipeline::submit(Lock& lock) {
   end_work();
   submitting_ = false;
   changed_.notify_all();
+  lock.unlock();
+  std::this_thread::yield();  // to the storage's thread, if it has to wait for this very core
+  lock.lock();
 }
 
 bool Pipeline::take(Unit* unit) {
@@ -136,7 +162,7 @@ void Pipeline::compute(Lock& lock, Unit unit, uint8_t thread) {
   count_.up_down_s += end - middle;
   if (middle != start) trace(unit, kGateCompute, thread, unit.count, start, middle);
   if (ups > 0 || unit.kind == Kind::kDown)
-    trace(unit, kUpDownCompute, thread, unit.kind == Kind::kDown ? s_.cpu->active[unit.range] : ups, middle,
+    trace(unit, kUpDownCompute, thread, unit.kind == Kind::kDown ? token_.active(unit.range) : ups, middle,
           end);
   if (unit.kind == Kind::kDown) {
     --left_;
@@ -168,6 +194,7 @@ void Pipeline::poll(Lock& lock, bool may_block) {
   std::vector<Result> results(tickets.size());
   const double began = in_flight_.front().start;
   lock.unlock();
+  std::this_thread::yield();
   bool some = false;
   const auto look = [&](size_t i, double seconds) {
     results[i].code = s_.abi->wait(s_.abi->self, tickets[i], seconds, &results[i].failure);
@@ -246,10 +273,25 @@ void Pipeline::trace(const Unit& unit, Stage stage, uint8_t thread, int64_t neur
 
 }  // namespace pi2
 
-extern "C" int32_t pi2_cpu_stream_ffn(pi2_stream* stream, const pi2_place* place, const int32_t* neurons,
-                                      const int32_t* slots, int64_t k, const float* x, float* out,
-                                      pi2_stream_count* count, pi2_storage_failure* failure) {
-  *failure = {ETIMEDOUT, -1};
-  if (stream->hangs) return ETIMEDOUT;
-  return pi2::Pipeline(*stream, *place, {neurons, slots, k}, x).run(out, count, failure);
+void pi2_stream::abandon() {
+  if (running == nullptr) return;
+  running->abandon();
+  running.reset();
+}
+
+extern "C" void pi2_cpu_stream_begin(pi2_stream* stream, const pi2_place* place, const int32_t* neurons,
+                                     const int32_t* slots, int64_t k, const float* x) {
+  stream->abandon();
+  if (stream->hangs) return;
+  stream->running = std::make_unique<pi2::Pipeline>(*stream, *place, pi2::Candidates{neurons, slots, k}, x);
+  stream->running->begin();
+}
+
+extern "C" int32_t pi2_cpu_stream_finish(pi2_stream* stream, float* out, pi2_stream_count* count,
+                                         pi2_storage_failure* failure) {
+  *failure = {ETIMEDOUT, -1};  // why nothing was begun
+  if (stream->running == nullptr) return ETIMEDOUT;
+  const int32_t code = stream->running->finish(out, count, failure);
+  stream->running.reset();
+  return code;
 }

@@ -1,5 +1,6 @@
 // One token's FFN while its missing neurons are being read (PowerInfer-2 §4.3): whatever is there is computed
-// by whoever is free, with no barrier between matrices or clusters.
+// by whoever is free, with no barrier between matrices or clusters.  Once the reads have begun, the caller
+// may do something else before it comes back for the result.
 #pragma once
 #include <condition_variable>
 #include <deque>
@@ -11,9 +12,14 @@ namespace pi2 {
 
 class Pipeline {
  public:
+  // x (d_model) stays the caller's until `finish`.
   Pipeline(pi2_stream& stream, const pi2_place& place, const Candidates& candidates, const float* x);
+  // Starts to read.
+  void begin();
   // 0, or what went wrong first, as an errno.
-  int32_t run(float* out, pi2_stream_count* count, pi2_storage_failure* failure);
+  int32_t finish(float* out, pi2_stream_count* count, pi2_storage_failure* failure);
+  // Waits for what is being read, and computes no more.
+  void abandon();
 
  private:
   enum class Kind : uint8_t {
@@ -40,6 +46,7 @@ class Pipeline {
   void add_guesses(int64_t range, std::vector<int32_t> loading);
   Unit append(Kind kind, int64_t range, const int32_t* which, int64_t count);
 
+  void work_all();
   void work(uint8_t thread);
   bool over() const { return left_ == 0 || (failed_ && in_flight_.empty()); }
   bool can_submit() const;
@@ -60,7 +67,8 @@ class Pipeline {
 
   pi2_stream& s_;
   pi2_place place_;
-  Candidates candidates_;
+  std::vector<int32_t> ids_, slots_;
+  Candidates candidates_;  // these
   OneToken token_;
 
   std::mutex mutex_;  // of all that follows
@@ -74,7 +82,7 @@ class Pipeline {
   bool submitting_ = false, polling_ = false, failed_ = false;
   pi2_storage_failure failure_{0, -1};
   int working_ = 0;  // threads that are not waiting
-  double idle_since_ = 0, scanned_ = 0;
+  double began_ = 0, idle_since_ = 0, scanned_ = 0;
   pi2_stream_count count_{};
 };
 

@@ -19,6 +19,7 @@ void Pipeline::plan_range(int64_t range) {
   std::vector<int32_t> resident, loading, missing;
   for (auto i = static_cast<int32_t>(first); i < last; ++i) {
     const uint8_t is = state(i);
+    count_.present += is == kPresent;
     if (is == kPresent || (is == kGate && s_.split != 0)) resident.push_back(i);
     else if (is == kLoading) loading.push_back(i);
     else missing.push_back(i);

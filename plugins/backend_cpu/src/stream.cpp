@@ -1,8 +1,8 @@
-#include "stream.h"
-
 #include <errno.h>
 
 #include <algorithm>
+
+#include "pipeline.h"
 
 namespace {
 
@@ -66,7 +66,9 @@ extern "C" pi2_stream* pi2_cpu_stream_open(pi2_cpu* cpu, const pi2_ffn* slab, ui
                         bundled != 0,
                         {},
                         std::vector<int32_t>(static_cast<size_t>(slots)),
-                        {}};
+                        {},
+                        {},
+                        nullptr};
 }
 
 extern "C" int32_t pi2_cpu_stream_prefetch(pi2_stream* s, const pi2_place* place, const int32_t* neurons,
@@ -78,7 +80,7 @@ extern "C" int32_t pi2_cpu_stream_prefetch(pi2_stream* s, const pi2_place* place
     const int64_t last = next_group(*s, neurons, first, k);
     *failure = {0, -1};
     const int64_t ticket = s->submit(*place, neurons + first, slots + first, last - first, 0, s->f.stride,
-                                     PI2_STORAGE_PREFETCH, failure);
+                                     PI2_STORAGE_PREFETCH | (last < k ? PI2_STORAGE_MORE : 0), failure);
     if (ticket == 0) return failure->code;
     auto free = std::find_if(s->prefetches.begin(), s->prefetches.end(), spent);
     if (free == s->prefetches.end()) free = s->prefetches.insert(free, pi2::Prefetch{});
@@ -93,6 +95,7 @@ extern "C" int32_t pi2_cpu_stream_prefetch(pi2_stream* s, const pi2_place* place
 }
 
 extern "C" int64_t pi2_cpu_stream_settle(pi2_stream* s, const int32_t* slots, int64_t k, int32_t cancel) {
+  if (slots == nullptr) s->abandon();
   std::vector<char> wanted(s->prefetches.size(), slots == nullptr);
   for (int64_t i = 0; i < k && slots != nullptr; ++i)
     if (s->states[slots[i]] == pi2::kLoading) wanted[s->prefetch_of[slots[i]]] = 1;

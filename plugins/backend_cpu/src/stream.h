@@ -1,6 +1,7 @@
 // Neurons that stream in from flash: what outlives a call (stream.cpp), and one call (pipeline.cpp).
 #pragma once
 #include <chrono>
+#include <memory>
 #include <vector>
 
 #include "cluster.h"
@@ -21,6 +22,8 @@ struct Prefetch {
   std::vector<int32_t> slots;
 };
 
+class Pipeline;
+
 }  // namespace pi2
 
 struct pi2_stream {
@@ -37,6 +40,8 @@ struct pi2_stream {
   std::vector<pi2::Prefetch> prefetches;
   std::vector<int32_t> prefetch_of;  // (slots): while LOADING, a place in prefetches
   std::vector<pi2_span> spans;
+  TokenScratch token;
+  std::unique_ptr<pi2::Pipeline> running;  // the call that was begun
   bool hangs = false;  // the device has not answered in time and may yet write anywhere: no more calls
 
   // Bytes [first, last) of a bundle that hold its rows of matrix `part` (gate, up, down): all of it together.
@@ -45,6 +50,8 @@ struct pi2_stream {
   // Starts to read bytes [first, last) of k bundles; 0 with `failure` filled if that cannot be.
   int64_t submit(const pi2_place& place, const int32_t* neurons, const int32_t* slots, int64_t k,
                  int64_t first, int64_t last, int32_t priority, pi2_storage_failure* failure) const;
+  // Ends a call that nobody will finish.
+  void abandon();
   // Sets the states of a prefetch that is over; returns the bytes that it has read.
   int64_t settle(pi2::Prefetch& prefetch, bool read);
 };

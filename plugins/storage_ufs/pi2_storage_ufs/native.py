@@ -9,7 +9,7 @@ from importlib.resources import as_file, files
 from typing import ClassVar
 
 ENGINES = {"uring": 0, "threads": 1, "buffered": 2}
-PENDING = -1
+PENDING, MORE = -1, 1 << 8
 
 
 class Read(ctypes.Structure):

@@ -14,6 +14,9 @@ extern "C" {
 
 enum { PI2_STORAGE_ABI_VERSION = 1 };
 enum { PI2_STORAGE_DEMAND = 0, PI2_STORAGE_PREFETCH = 1 }; /* priorities: lower goes first */
+/* To be added to a priority: another submit follows at once.  The tier need not start before that, or before
+ * somebody waits: one thread that is woken for many reads is cheaper than one that is woken for each. */
+enum { PI2_STORAGE_MORE = 1 << 8 };
 enum { PI2_STORAGE_PENDING = -1 };
 
 typedef struct {

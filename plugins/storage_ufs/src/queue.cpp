@@ -62,11 +62,15 @@ void Queue::cancel(int64_t id) {
   if (found != tickets_.end()) drop(found->second.get());
 }
 
+// A device serves what it has in any order, and some report reads that are over only when they have none
+// left: what nobody waits for shall not be among what somebody does.
 Op Queue::pop() {
   for (auto& [priority, ops] : waiting_) {
+    if (flying_[priority] > 0 && ops.empty()) return nullptr;
     if (ops.empty()) continue;
     Op op = std::move(ops.front());
     ops.pop_front();
+    flying_[priority] += 1;
     counts_.reads += 1;
     return op;
   }
@@ -95,6 +99,7 @@ void Queue::finish(Op op, int32_t code) {
   op->file->forget(op->offset, op->length);
   std::lock_guard lock(mutex_);
   if (code == 0) counts_.bytes += op->done;
+  if (--flying_[op->priority] == 0) work_.notify_all();  // less urgent ones may start
   settle(*op, code);
   if (code != 0) drop(op->ticket.get());
   if (op->ticket->left == 0) done_.notify_all();  // nobody waits for less than all of it

@@ -26,7 +26,7 @@ class Queue {
   void cancel(int64_t ticket);
 
   // For the engine's threads.
-  Op next();       // the most urgent, or none
+  Op next();       // the most urgent; none also while a more urgent one is in flight
   Op next_wait();  // waits for one; none: stopped
   void finish(Op op, int32_t code);
   void stop();              // drops what has not started
@@ -46,6 +46,7 @@ class Queue {
   std::mutex mutex_;
   std::condition_variable work_, done_, halt_;
   std::map<int32_t, std::deque<Op>> waiting_;
+  std::map<int32_t, int64_t> flying_;  // by priority: how many have left `waiting_` and are not over
   std::unordered_map<int64_t, std::shared_ptr<Ticket>> tickets_;
   int64_t last_ticket_ = 0;
   bool stopped_ = false;

@@ -1,6 +1,8 @@
 // The C interface: files, and reads that are checked, planned and handed to the engine.
 #include <errno.h>
 
+#include <atomic>
+
 #include "engine.h"
 #include "pi2_ufs.h"
 
@@ -41,7 +43,8 @@ struct pi2_ufs {
   pi2_ufs_options options;
   pi2::Queue queue;
   std::unique_ptr<pi2::Engine> engine;
-  std::mutex mutex;  // of `files`
+  std::atomic<bool> held{false};  // the engine was not woken for the last submit
+  std::mutex mutex;               // of `files`
   std::vector<std::unique_ptr<File>> files;
   pi2_storage_abi abi{PI2_STORAGE_ABI_VERSION, sizeof(pi2_storage_abi), this, submit, wait, cancel};
 };
@@ -69,13 +72,17 @@ int64_t submit(void* self, int64_t id, const pi2_storage_read* reads, int64_t n,
   if (failure->code != 0) return 0;
   auto ops = pi2::plan(*file, {reads, reads + n}, ufs->options.merge);
   ufs->queue.count_ranges(n, static_cast<int64_t>(ops.size()));
-  const int64_t ticket = ufs->queue.add(std::move(ops), priority);
-  ufs->engine->wake();
+  const bool more = (priority & PI2_STORAGE_MORE) != 0;
+  const int64_t ticket = ufs->queue.add(std::move(ops), priority & ~PI2_STORAGE_MORE);
+  ufs->held = more;
+  if (!more) ufs->engine->wake();
   return ticket;
 }
 
 int32_t wait(void* self, int64_t ticket, double seconds, pi2_storage_failure* failure) {
-  return static_cast<pi2_ufs*>(self)->queue.wait(ticket, seconds, failure);
+  auto* ufs = static_cast<pi2_ufs*>(self);
+  if (ufs->held && ufs->held.exchange(false)) ufs->engine->wake();
+  return ufs->queue.wait(ticket, seconds, failure);
 }
 
 void cancel(void* self, int64_t ticket) { static_cast<pi2_ufs*>(self)->queue.cancel(ticket); }

@@ -35,11 +35,11 @@ def aligned(nbytes: int) -> np.ndarray:
     return room[skip : skip + nbytes]
 
 
-def submit(tier, file, places):
+def submit(tier, file, places, priority=0):
     """Reads of (offset, bytes, array) through the C interface; the ticket, or the failure."""
     reads = (native.Read * len(places))(*((at, n, into.ctypes.data) for at, n, into in places))
     failure = native.Failure()
-    ticket = tier._abi.submit(tier._abi.self, file, ctypes.addressof(reads), len(places), 0, failure)
+    ticket = tier._abi.submit(tier._abi.self, file, ctypes.addressof(reads), len(places), priority, failure)
     return ticket, failure
 
 
@@ -97,6 +97,37 @@ def test_a_native_wait_for_ever_ends_with_the_deadline(content, tmp_path):
     assert wait(tier, ticket, 0.0)[0] == native.PENDING
     code, failure = wait(tier, ticket)
     assert code == failure.code == errno.ETIMEDOUT
+    tier.close()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_guess_is_not_among_what_somebody_waits_for(engine, content, tmp_path):
+    """A device serves what it has in any order."""
+    slow = tmp_path / "slow.yaml"
+    rates = ("random_small", "random_large", "sequential_small", "sequential_large")
+    slow.write_text("".join(f"{rate}: 100000\n" for rate in rates))
+    tier = UfsTier.open({"throttle": str(slow), "engine": engine})
+    file, into = tier.open_file(content[0]), aligned(4 * BLOCK).reshape(4, BLOCK)
+    wanted, _ = submit(tier, file, [(0, BLOCK, into[0]), (9 * BLOCK, BLOCK, into[1])])
+    guess, _ = submit(tier, file, [(20 * BLOCK, BLOCK, into[2]), (30 * BLOCK, BLOCK, into[3])], priority=1)
+    assert wait(tier, wanted, 0.0)[0] == native.PENDING
+    assert tier.counts()["reads"] <= 2, "the guess has begun"
+    assert wait(tier, wanted)[0] == wait(tier, guess)[0] == 0
+    assert tier.counts()["reads"] == 4
+    tier.close()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("follow", [0, 1, 5])
+def test_reads_that_others_should_have_followed_are_made(engine, content, follow):
+    path, data = content
+    tier = UfsTier.open({"engine": engine})
+    file, into = tier.open_file(path), aligned(8 * BLOCK).reshape(8, BLOCK)
+    tickets = [submit(tier, file, [(i * BLOCK, BLOCK, into[i])], native.MORE)[0] for i in range(1 + follow)]
+    while (code := wait(tier, tickets[0], 0.0)[0]) == native.PENDING:
+        pass
+    assert [code, *(wait(tier, ticket)[0] for ticket in tickets[1:])] == [0] * (1 + follow)
+    assert np.array_equal(into[: 1 + follow].reshape(-1), data[: (1 + follow) * BLOCK])
     tier.close()
 
 

@@ -129,6 +129,18 @@ std::vector<uint8_t> some_bundles(Random& r, const pi2_ffn& f) {
   return bundles;
 }
 
+// What a caller may do before it finishes a call: compute with the context, prefetch into the slot `spare`.
+void do_meanwhile(Random& r, pi2_cpu* cpu, const pi2_ffn& full, pi2_stream* stream, const uint8_t* states,
+                  int32_t spare) {
+  std::vector<float> x(static_cast<size_t>(full.d_model), 1.0f), out(x.size());
+  pi2_cpu_ffn(cpu, &full, x.data(), 1, nullptr, full.count, out.data());
+  if (states[spare] != 0) return;
+  const pi2_place place{0, 0, 1};
+  const auto neuron = static_cast<int32_t>(r.below(full.count));
+  pi2_storage_failure failure;
+  pi2_cpu_stream_prefetch(stream, &place, &neuron, &spare, 1, &failure);
+}
+
 void stream_case(Random& r, pi2_cpu* cpu) {
   pi2_ffn full = some_ffn(r), slab = full;
   const auto bundles = some_bundles(r, full);
@@ -145,11 +157,11 @@ void stream_case(Random& r, pi2_cpu* cpu) {
   full.bundles = bundles.data();
   const int64_t active = pi2_cpu_ffn(cpu, &full, x.data(), 1, neurons.data(), k, want.data());
 
-  std::vector<uint8_t> memory(static_cast<size_t>(k * full.stride), 255), states(slots.size() + 1);
+  std::vector<uint8_t> memory(static_cast<size_t>((k + 1) * full.stride), 255), states(slots.size() + 1);
   slab.bundles = memory.data();
   Flash flash(bundles, static_cast<uint32_t>(r.engine()));
   pi2_stream* stream =
-      pi2_cpu_stream_open(cpu, &slab, states.data(), k, &flash.abi, kPage, r.one_in(2),
+      pi2_cpu_stream_open(cpu, &slab, states.data(), k + 1, &flash.abi, kPage, r.one_in(2),
                           r.pick<int64_t>({1, 5, 16}), r.one_in(2), !r.one_in(3), !r.one_in(3));
   const pi2_place place{0, 0, 0};
   for (int call = 0; call < 3; ++call) {
@@ -167,8 +179,13 @@ void stream_case(Random& r, pi2_cpu* cpu) {
       if (r.one_in(4))
         pi2_cpu_stream_settle(stream, into.data(), static_cast<int64_t>(into.size()), r.one_in(2));
     }
-    const int32_t code = pi2_cpu_stream_ffn(stream, &place, neurons.data(), slots.data(), k, x.data(),
-                                            out.data(), &count, &failure);
+    pi2_cpu_stream_begin(stream, &place, neurons.data(), slots.data(), k, x.data());
+    if (r.one_in(8)) {  // interrupted
+      pi2_cpu_stream_settle(stream, nullptr, 0, r.one_in(2));
+      continue;
+    }
+    if (r.one_in(2)) do_meanwhile(r, cpu, full, stream, states.data(), static_cast<int32_t>(k));
+    const int32_t code = pi2_cpu_stream_finish(stream, out.data(), &count, &failure);
     if (code != 0 && flash.fail_one_in == 0 && code != EIO) fail("a stream failed by itself");
     if (code == 0 && (count.active != active || std::memcmp(out.data(), want.data(), 4 * out.size())))
       fail("a stream gave other bits than a slab");
