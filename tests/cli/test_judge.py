@@ -8,6 +8,7 @@ import shutil
 import pytest
 from command_line import assert_error, pi2
 from pi2.activation_counts import ActivationCounts
+from pi2.builtin.numpy_backend import NumpyBackend
 from pi2.cli import collect as collect_command
 from pi2.container import read_manifest
 from pi2.errors import Pi2Error
@@ -120,6 +121,19 @@ def test_eval_prints_a_table_and_a_verdict(toy, text):
     assert "lossless    yes" in result.stdout
     assert "64 foreseen, 2 sequences of 32" in result.stdout
     assert "agreement   100.00%" in result.stdout
+
+
+def test_eval_compares_a_backend_that_rounds_weights_with_the_exact_ones(toy, text):
+    """NumPy, which has float32 of everything, stands for one that has not, beside the best there is."""
+    options = ("--tokens", 64, "--sequence", 32, "--backend", "numpy", "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NumpyBackend, "lossy", "weights are halved")
+        result = pi2("eval", toy, text, *options)
+    found, exact = json.loads(result.stdout), json.loads(pi2("eval", toy, text, *options).stdout)
+    assert (found["lossless"], exact["lossless"]) == (False, True)
+    assert found["config"]["losses"] == ["numpy: weights are halved"]
+    assert result.stderr.splitlines()[-1] == "lossy: numpy: weights are halved"
+    assert found["dense_perplexity"] == pytest.approx(exact["dense_perplexity"], rel=0.01)
 
 
 def test_eval_says_that_a_lossy_predictor_is_lossy(toy, text):

@@ -199,6 +199,21 @@ def test_every_graph_that_has_room_for_a_call_gives_the_same_bits(backend, rng, 
     backend.release(handle)
 
 
+@emulated
+@pytest.mark.parametrize(("cluster", "alike"), [(512, 512), (4096, 4096), (4096, 1)])
+def test_hidden_values_that_are_alike_and_agree_with_all_of_down_stay_in_range(cluster, alike):
+    """The largest result that there can be, at the end of a range; or one neuron that is all of it."""
+    geometry = BundleGeometry(32, "f32", "f32", "f32")
+    bundles, spec = np.zeros((cluster, geometry.stride), np.uint8), FfnSpec(geometry, "relu")
+    for part in ("gate", "up", "down"):
+        geometry.pack_into(bundles[:alike], part, np.full((alike, 32), 0.5, np.float32))
+    backend = QnnBackend.open({"emulator": "on", "cluster": str(cluster), "weights": "w8a16"})
+    x, out = np.ones((2, 32), np.float32), np.full((2, 32), np.nan, np.float32)
+    assert backend.ffn(backend.place_ffn(bundles, spec), x, out) == 2 * alike
+    backend.close()
+    assert out == pytest.approx(alike * 16**2 * 0.5, rel=4e-3)
+
+
 def test_what_cannot_be_rounded_is_refused(monkeypatch):
     monkeypatch.setattr(targets, "installed", lambda: {})
     with pytest.raises(OptionError, match="weights cannot be 'w2a16'") as refusal:
