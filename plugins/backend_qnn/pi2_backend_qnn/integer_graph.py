@@ -49,8 +49,7 @@ class IntegerGraph(Graph):
         largest = self.add("Max", f"{at}.largest", size, self.scalar(2.0**-14))
         unit = self.add("Div", f"{at}.unit", h, largest)
         squares = self.add("Mul", f"{at}.squares", unit, unit)
-        total = self.add("ReduceSum", f"{at}.sum", squares, axes, keepdims=1)
-        root = self.add("Sqrt", f"{at}.root", self.add("Add", f"{at}.some", total, self.scalar(2.0**-10)))
+        root = self.add("Sqrt", f"{at}.root", self._sum(f"{at}.sum", squares, len(data)))
         norm = self.add("Mul", f"{at}.norm", root, self.scalar(HIDDEN_MARGIN))
         normed = self.add("Div", f"{at}.normed", unit, norm)
         weights = np.ldexp(decode(data, dtype), -np.array(exponent, np.int32))
@@ -67,7 +66,17 @@ class IntegerGraph(Graph):
         products = [self._part(f"{name}.part{at}", self._rounded[x], part) for at, part in enumerate(parts)]
         return self.add("Add", name, *products)
 
-    def _part(self, name: str, x: str, part: Part) -> str:
+    def _sum(self, name: str, x: str, count: int) -> str:
+        """Of so many numbers from 0 to 1, and a little more: (1, M, count) -> (1, M, 1).
+
+        A product of integers, since the bits of ReduceSum can change with M (QAIRT 2.51).
+        """
+        ones = Part(np.ones((1, count), np.int8), np.ones(1, np.float32), 8)
+        total = self._part(f"{name}.total", self._to_16_bits(f"{name}.16", x, 1.0), ones, count)
+        return self.add("Add", name, total, self.scalar(3 * count / _MOST))
+
+    def _part(self, name: str, x: str, part: Part, reach: float | None = None) -> str:
+        """``reach``: what no number of the result exceeds, if ``x`` has no norm of 1."""
         if part.channels is not None:
             places = self.constant(f"{name}.places", part.channels)
             x = self._to_16_bits(f"{name}.x", self.add("Gather", f"{name}.chosen", x, places, axis=2), 1.0)
@@ -78,7 +87,7 @@ class IntegerGraph(Graph):
         y = self.add("MatMul", f"{name}.product", x, weights)
         norm = float(np.linalg.norm(part.to_f32().astype(np.float64), axis=1).max(initial=0))
         added = 0.5 * part.quants.shape[1] ** 0.5 / _MOST  # to the norm of x, when it is rounded
-        return self._to_16_bits(name, y, norm * (1 + added) * _ROUNDED or 1.0)
+        return self._to_16_bits(name, y, reach or norm * (1 + added) * _ROUNDED or 1.0)
 
     def _to_16_bits(self, name: str, x: str, reach: float) -> str:
         """``x``, no number of which exceeds ``reach``, in steps of 2**-15 of it."""

@@ -20,8 +20,8 @@ from pi2_backend_qnn.errors import GraphRefused
 from pi2_backend_qnn.pack import Sizes
 from pi2_backend_qnn.scaling import MOST, Exponents, FfnScaling, input_exponents, is_smooth, scaled
 
-HIDDEN_MARGIN = 1.125
-"""What the norm of hidden values is multiplied by: fp16 loses less, even adding 512 squares one by one."""
+HIDDEN_MARGIN = 1 + 2**-7
+"""What the norm of hidden values is multiplied by: more than fp16 loses of its root and of quotients."""
 _GROWN = 2
 """Powers of two: rounded weights, and outliers apart, have norms of at most 2 * 2**0.5 of what they had."""
 _ROUNDED = np.float32(1 + 2**-12)  # more than float32 loses of a norm
