@@ -32,6 +32,8 @@ from pi2.tensor import Tensor
 from sparse_source import Shape, SparseSource
 
 CACHE = Path.home() / ".cache" / "pi2" / "benchmarks"
+LIFT = 6.0
+"""Deviations of what a direction of the gates makes of x: less than minus that is too rare to matter."""
 
 
 def make(
@@ -62,22 +64,16 @@ def make(
 
 
 def predictors(path: Path, source: SparseSource, margin: float) -> Predictors:
-    """fc1 is +B and -B, so that ReLU loses nothing; fc2 is +A and -A; its bias minus the thresholds.
+    """fc1 is B, with a bias by which ReLU loses nothing; fc2 is A, whose bias takes the first one back.
 
     Neurons are named whose gate is predicted above ``-margin``.
     """
     layers = {}
     for layer in range(source.shape.layers):
         gates = source.gates(layer)
-        fc1 = np.concatenate((gates.directions, -gates.directions))
-        fc2 = np.concatenate((gates.loads, -gates.loads), axis=1)
-        layers[layer] = FfnPredictor(
-            Tensor.from_f32(fc1, "q4_0"),
-            np.zeros(len(fc1), np.float32),
-            Tensor.from_f32(fc2, "q4_0"),
-            -gates.thresholds,
-            -margin,
-        )
+        fc1, fc2 = Tensor.from_f32(gates.directions, "q4_0"), Tensor.from_f32(gates.loads, "q4_0")
+        lift = np.full(fc1.rows, LIFT, np.float32)
+        layers[layer] = FfnPredictor(fc1, lift, fc2, -gates.thresholds - fc2.to_f32() @ lift, -margin)
     made = {"made": "from the factors that the gates were generated from"}
     return Predictors(read_manifest(path).files[NEURONS].sha256, layers, None, made)
 
