@@ -28,7 +28,7 @@ from pi2.container.layout import NEURONS, QuantPlan
 from pi2.container.predictors import PREDICTORS
 from pi2.convert import convert
 from pi2.statistics_file import STATISTICS
-from pi2.tensor import Tensor
+from pi2.tensor import BLOCK, Tensor
 from sparse_source import Shape, SparseSource
 
 CACHE = Path.home() / ".cache" / "pi2" / "benchmarks"
@@ -71,7 +71,9 @@ def predictors(path: Path, source: SparseSource, margin: float) -> Predictors:
     layers = {}
     for layer in range(source.shape.layers):
         gates = source.gates(layer)
-        fc1, fc2 = Tensor.from_f32(gates.directions, "q4_0"), Tensor.from_f32(gates.loads, "q4_0")
+        pad = -len(gates.directions) % BLOCK  # q4_0 has rows of whole blocks
+        fc1 = Tensor.from_f32(np.pad(gates.directions, ((0, pad), (0, 0))), "q4_0")
+        fc2 = Tensor.from_f32(np.pad(gates.loads, ((0, 0), (0, pad))), "q4_0")
         lift = np.full(fc1.rows, LIFT, np.float32)
         layers[layer] = FfnPredictor(fc1, lift, fc2, -gates.thresholds - fc2.to_f32() @ lift, -margin)
     made = {"made": "from the factors that the gates were generated from"}
