@@ -18,13 +18,14 @@ from pi2.tensor import F32, U8
 
 from pi2_backend_qnn.errors import GraphRefused
 from pi2_backend_qnn.pack import Sizes
-from pi2_backend_qnn.scaling import MOST, TRUE, Exponents, FfnScaling, input_exponents, scaled
+from pi2_backend_qnn.scaling import MOST, Exponents, FfnScaling, input_exponents, is_smooth, scaled
 
 HIDDEN_MARGIN = 1.125
 """What the norm of hidden values is multiplied by, for what fp16 loses of it."""
 _GROWN = 2
 """Powers of two: rounded weights, and outliers apart, have norms of at most 2 * 2**0.5 of what they had."""
 _ROUNDED = np.float32(1 + 2**-12)  # more than float32 loses of a norm
+_SMOOTH = 6
 _LINEAR = 8  # the power of two that results of a matrix stay below, but for what rounding adds
 
 
@@ -89,35 +90,33 @@ def _factors(spec: FfnSpec) -> int:
 
 
 def _dots_power(spec: FfnSpec) -> int:
-    return MOST // _factors(spec)
+    """Less for SiLU and GELU: with "true" at its lower end the share is off by 2**(6 - 14) / 4 at most."""
+    most = MOST // _factors(spec)
+    return min(most, _SMOOTH) if is_smooth(spec) else most
 
 
 @dataclass(frozen=True, slots=True)
 class NormScaling(FfnScaling):
-    """Which e tokens are given at least is in ``least``: for biases, and so that SiLU and GELU can be asked
-    for the true gate in fp16.  ``outputs_of``: powers of two for each output beside the others, (d,).
-    """
+    """``outputs_of``: powers of two for each output beside the others, (d,)."""
 
-    least: int
     outputs_of: Exponents
 
     @classmethod
     def of_norms(cls, spec: FfnSpec, powers: Powers, biases: F32 | None) -> NormScaling:
         """``biases`` (k, 1 or 2).  Raises GraphRefused."""
         pre, fixed, factor = FfnScaling.powers(spec, {**powers.dots, "down": 0})
-        least = -(1 << 20)
+        bias = None
         if biases is not None:
             largest = int(_powers(np.abs(biases).max(initial=0)))
-            least = max(-MOST, largest - min(powers.dots["up"], pre) - _dots_power(spec) + 1)
-        if spec.activation not in ("relu", "relu2"):
-            least = max(least, TRUE[0] - pre)
-        bias = None if biases is None else least
-        return cls(pre, fixed, factor, bias, (), least, powers.down)
+            bias = max(-MOST, largest - min(powers.dots["up"], pre) - _dots_power(spec) + 1)
+        return cls(pre, fixed, factor, bias, (), powers.down)
 
     def exponents(self, x: F32, spec: FfnSpec, count: int) -> Exponents:
-        return np.maximum(norm_exponents(x), np.int32(self.least))
+        e = norm_exponents(x)
+        return e if self.bias is None else np.maximum(e, np.int32(self.bias))
 
     def outputs(self, y: F32, e: Exponents) -> F32:
+        positive = y + np.float32(0)  # a zero, whose sign depends on how many clusters a graph has
         with np.errstate(over="ignore"):
-            true: F32 = np.ldexp(y, (self.factor * e + self.fixed)[:, None] + self.outputs_of)
+            true: F32 = np.ldexp(positive, (self.factor * e + self.fixed)[:, None] + self.outputs_of)
         return true

@@ -140,7 +140,7 @@ class FfnScaling:
 
         "true" and "ones" stay in the range of normal numbers.
         """
-        smooth, e = _is_smooth(spec), input_exponents(x)
+        smooth, e = is_smooth(spec), input_exponents(x)
         if self.bias is not None:
             e = np.maximum(e, np.int32(self.bias))
         lift = self.lift(x, e, count)
@@ -156,7 +156,7 @@ class FfnScaling:
         e = self.exponents(x, spec, count)
         fed = {"x": scaled(x, -e)}
         one = np.ones((len(x), 1), np.float32)
-        if _is_smooth(spec):
+        if is_smooth(spec):
             fed["true"] = scaled(one, np.clip(e + self.pre, *TRUE))
         if self.bias is not None:
             fed["ones"] = scaled(one, -e)
@@ -167,6 +167,6 @@ class FfnScaling:
         return scaled(y, self.factor * e + self.fixed)
 
 
-def _is_smooth(spec: FfnSpec) -> bool:
+def is_smooth(spec: FfnSpec) -> bool:
     """Whether the activation function is asked for the true gate."""
     return spec.activation not in ("relu", "relu2")
