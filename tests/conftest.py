@@ -8,6 +8,10 @@ import textwrap
 import zipfile
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("pi2", deadline=None)  # a busy machine is no mistake
+settings.load_profile("pi2")
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in a shell's background: children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,6 +1,7 @@
 """Rules of the code base that a machine can check: sizes, layers, and who may do what."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ NATIVE = sorted(
 )
 LIBRARY = [p for p in SOURCES if p.is_relative_to(ROOT / "core") or "tests" not in p.parts]
 PLUGIN_PACKAGES = {p.name for p in (ROOT / "plugins").glob("*/pi2_*") if p.is_dir()}
+BENCHMARKS = ROOT / "tests" / "benchmarks"
 CONSOLE = CORE / "cli"  # the only place that talks to people
 
 
@@ -125,6 +127,18 @@ def test_the_contracts_import_neither_engine_nor_command_line():
 def test_the_linters_are_content(command: tuple[str, ...]):
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_benchmarks_call_what_there_is():
+    """Few of them run here: mypy reads each other's calls of them, whatever types the rest has."""
+    flags = ["--config-file=", "--follow-imports=skip", "--explicit-package-bases"]
+    files = sorted(str(p) for p in BENCHMARKS.glob("*.py"))
+    env = os.environ | {"MYPYPATH": f"{ROOT / 'tests'}:{BENCHMARKS}"}
+    command = [sys.executable, "-m", "mypy", *flags, *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert not done.stderr
+    wrong = ("[call-arg]", "[name-defined]", "[syntax]")
+    assert not [line for line in done.stdout.splitlines() if line.endswith(wrong)]
 
 
 def test_native_sources_are_formatted():

@@ -44,6 +44,7 @@ class NeuronCache:
         self._free: Ids = np.arange(slots - 1, -1, -1, dtype=np.int32)  # a stack, its top at _n_free - 1
         self._n_free = slots
         self._pinned, self._touched = np.zeros(slots, np.bool_), np.zeros(slots, np.bool_)
+        self._untold: tuple[int, Ids, Ids, int] | None = None  # of acquire: FFN, neurons, slots, how many new
 
     @property
     def resident(self) -> int:
@@ -77,28 +78,41 @@ class NeuronCache:
         """Slots for all of ``neurons`` (ascending, without repeats), which count as used.
 
         Those that were not resident get slots that are EMPTY.  There is room as long as the cold region
-        has a slot for every neuron of an FFN and no other FFN's slots are LOADING.
+        has a slot for every neuron of an FFN and no other FFN's slots are LOADING.  The policy hears of it
+        with ``tell``, so that reads can begin before, or with the next call.
         """
+        self._inform()
         if self._expiry is not None:
             old = self._by_key[self._expiry.expire(ffn)]
             self.drop(old[self.states[old] != SlotState.LOADING])
         slots: Ids = self._slot_of[ffn][neurons]
-        keys = self.keys(ffn, neurons)
         missing = np.flatnonzero(slots < 0)
-        self.policy.touch(ffn, keys[slots >= self.n_hot])
         if len(missing):
             new = self._take(ffn, len(missing), slots)
             assert len(new) == len(missing), "the cold region is smaller than an FFN"
-            self._seat(keys[missing], new)
-            self.policy.touch(ffn, keys[missing])
+            self._seat(self.keys(ffn, neurons[missing]), new)
             slots[missing] = new
+        self._untold = ffn, neurons, slots, len(missing)
         return slots
+
+    def tell(self) -> None:
+        """Let the policy know what was acquired, and make room for as many as were missing."""
+        if self._untold is not None:
+            ffn, _, slots, missed = self._untold
+            self._inform()
+            self._reserve(ffn, missed, slots)
+
+    def _inform(self) -> None:
+        if self._untold is not None:
+            (ffn, neurons, slots, _), self._untold = self._untold, None
+            self.policy.touch(ffn, self.keys(ffn, neurons)[slots >= self.n_hot])
 
     def admit(self, ffn: int, neurons: Ids, spare: Ids) -> tuple[Ids, Ids]:
         """Slots for a guess: as many of ``neurons`` that are not resident as there is room for.
 
         Nothing in the slots ``spare`` leaves for them.  Returns the admitted neurons and their slots.
         """
+        self._inform()
         neurons = neurons[self._slot_of[ffn][neurons] < 0]
         slots = self._take(ffn, len(neurons), spare)
         neurons = neurons[: len(slots)]
@@ -109,6 +123,7 @@ class NeuronCache:
 
     def drop(self, slots: Ids) -> None:
         """Give up what is in cold ``slots``; it may have gone already."""
+        self._inform()
         slots = slots[self._key_of[slots] >= 0]
         if len(slots):
             self._evict(self._key_of[slots], slots)
@@ -116,6 +131,7 @@ class NeuronCache:
     def reset(self) -> None:
         """Empty the cold region, whatever an interrupted call has left of the tables.  Nothing is LOADING."""
         hot = self.n_hot
+        self._untold = None
         self.policy = copy.deepcopy(self._fresh)
         self._expiry = self.policy if isinstance(self.policy, SupportsExpiry) else None
         self._by_key[:] = -1
@@ -157,6 +173,12 @@ class NeuronCache:
 
     def _take(self, ffn: int, n: int, spare: Ids) -> Ids:
         """Up to ``n`` free slots, after evictions from others than the cold slots ``spare``."""
+        self._reserve(ffn, n, spare)
+        n = min(n, self._n_free)
+        self._n_free -= n
+        return self._free[self._n_free : self._n_free + n].copy()
+
+    def _reserve(self, ffn: int, n: int, spare: Ids) -> None:
         if self._n_free < n:
             spare = spare[spare >= 0]
             self._pinned[spare] = True
@@ -164,9 +186,6 @@ class NeuronCache:
                 self._make_room(ffn, n - self._n_free)
             finally:
                 self._pinned[spare] = False
-        n = min(n, self._n_free)
-        self._n_free -= n
-        return self._free[self._n_free : self._n_free + n].copy()
 
     def _make_room(self, ffn: int, n: int) -> None:
         wanted = n + self.capacity // _BATCH

@@ -48,11 +48,13 @@ class OffloadedFfns:
         self.count = OffloadCount()
         self._room, self._tokens = room, 0
         self._inside = False  # of a call
+        self._late: tuple[int, Ids] | None = None  # a guess for an FFN that has been computed
         self._thrashes = False
         self.notes: list[str] = []
         """What the user should know: slower than could be, smaller than wise."""
         self._predictor, self._backend, self._dense = predictor, backend, dense or backend
         self._spec = FfnSpec(model.geometry, arch.activation, arch.up_relu)
+        self._last = arch.n_layers - 1
         self._all = np.arange(arch.n_neurons, dtype=np.int32)
         self._named = np.zeros(arch.n_neurons, np.bool_)
         self.places = [model.ffn_place(ffn) for ffn in range(arch.n_layers)]
@@ -126,11 +128,12 @@ class OffloadedFfns:
                 self.lookahead.next_token()
             slots = self.cache.acquire(ffn, neurons)
             self.count.wanted += len(neurons)
-            arriving = self.lookahead.pending
-            meanwhile = partial(self._look_ahead, ffn, neurons, slots, x)
+            guessed = self.lookahead.pending
+            meanwhile = partial(self._meanwhile, ffn, neurons, slots, x)
             count = self.pipeline.ffn(self.places[ffn], neurons, slots, x, out, meanwhile)
-            if arriving:
-                self._settle(*arriving)
+            self._late = guessed
+            if ffn == self._last:
+                self._settle()
         except StorageError:
             self._forget_guess()
             self._inside = False
@@ -144,12 +147,14 @@ class OffloadedFfns:
         if self._inside:
             self.reader.stop()
             self.pipeline.settle(cancel=True)
-            self.lookahead.pending = None
+            self.lookahead.pending = self._late = None
             self.cache.reset()
         self._inside = True
 
-    def _look_ahead(self, ffn: int, neurons: Ids, slots: Ids, x: F32) -> None:
-        """While ``neurons`` are read: judge what was guessed of them, guess what comes next."""
+    def _meanwhile(self, ffn: int, neurons: Ids, slots: Ids, x: F32) -> None:
+        """While ``neurons`` are read: put tables in order, judge what was guessed, guess what comes next."""
+        self.cache.tell()
+        self._settle()
         if self.lookahead.pending:
             guessed = self.lookahead.pending[1]
             self._named[neurons] = True
@@ -177,12 +182,15 @@ class OffloadedFfns:
     def _forget_guess(self) -> None:
         """Nothing is read for later any more: the next FFN may be any."""
         self.count.wasted_bytes += self.pipeline.settle(cancel=True)
-        if self.lookahead.pending:
-            self._settle(*self.lookahead.pending)
-        self.lookahead.pending = None
+        self._settle()
+        self._late, self.lookahead.pending = self.lookahead.pending, None
+        self._settle()
 
-    def _settle(self, ffn: int, guessed: Ids) -> None:
-        """Call back what was guessed and not wanted, as far as it is still being read."""
+    def _settle(self) -> None:
+        """Call back what was guessed for the last FFN and not wanted, as far as it is still being read."""
+        if self._late is None:
+            return
+        (ffn, guessed), self._late = self._late, None
         slots = self.cache.slots(ffn, guessed)
         slots = slots[slots >= 0]
         loading = slots[self.cache.states[slots] == SlotState.LOADING]

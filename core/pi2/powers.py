@@ -128,7 +128,7 @@ class SupportsStreaming(SupportsSlab, Protocol):
 
         Slots that are LOADING are waited for.  Afterwards all are PRESENT, or GATE with a gate of zero.
         The same bits as ``slab_ffn`` of a full slab.  ``meanwhile`` is called once, best when the reads
-        have begun: it may ask the backend for products and prefetch into other slots.
+        have begun: it may ask the backend for products, prefetch into other slots and settle such.
         Raises StorageError with path and offset; slots that were not read are EMPTY then, and nobody
         writes to them.
         """

@@ -93,8 +93,9 @@ class Pi2:
         predictor = decoder.predictor
         if given:
             key = json.dumps([ids, prompt])
-            self._given.setdefault(key, []) or self._given[key].extend(self._active_sets(ids, prompt))
-            decoder.predictor = _Given(self._given[key])  # type: ignore[assignment]
+            if key not in self._given:
+                self._given[key] = self._active_sets(ids, prompt)
+            decoder.predictor = _Given(self._given[key])
         session = self._engine.session()
         count, active, reads = decoder.ffn_count, [decoder.ffn_count.active], []
         take = decoder.ffns.take_count if getattr(self._engine, "offloaded", None) else lambda: None

@@ -28,10 +28,12 @@ from pi2.container.layout import NEURONS, QuantPlan
 from pi2.container.predictors import PREDICTORS
 from pi2.convert import convert
 from pi2.statistics_file import STATISTICS
-from pi2.tensor import Tensor
+from pi2.tensor import BLOCK, Tensor
 from sparse_source import Shape, SparseSource
 
 CACHE = Path.home() / ".cache" / "pi2" / "benchmarks"
+LIFT = 6.0
+"""Deviations of what a direction of the gates makes of x: less than minus that is too rare to matter."""
 
 
 def make(
@@ -62,22 +64,18 @@ def make(
 
 
 def predictors(path: Path, source: SparseSource, margin: float) -> Predictors:
-    """fc1 is +B and -B, so that ReLU loses nothing; fc2 is +A and -A; its bias minus the thresholds.
+    """fc1 is B, with a bias by which ReLU loses nothing; fc2 is A, whose bias takes the first one back.
 
     Neurons are named whose gate is predicted above ``-margin``.
     """
     layers = {}
     for layer in range(source.shape.layers):
         gates = source.gates(layer)
-        fc1 = np.concatenate((gates.directions, -gates.directions))
-        fc2 = np.concatenate((gates.loads, -gates.loads), axis=1)
-        layers[layer] = FfnPredictor(
-            Tensor.from_f32(fc1, "q4_0"),
-            np.zeros(len(fc1), np.float32),
-            Tensor.from_f32(fc2, "q4_0"),
-            -gates.thresholds,
-            -margin,
-        )
+        pad = -len(gates.directions) % BLOCK  # q4_0 has rows of whole blocks
+        fc1 = Tensor.from_f32(np.pad(gates.directions, ((0, pad), (0, 0))), "q4_0")
+        fc2 = Tensor.from_f32(np.pad(gates.loads, ((0, 0), (0, pad))), "q4_0")
+        lift = np.full(fc1.rows, LIFT, np.float32)
+        layers[layer] = FfnPredictor(fc1, lift, fc2, -gates.thresholds - fc2.to_f32() @ lift, -margin)
     made = {"made": "from the factors that the gates were generated from"}
     return Predictors(read_manifest(path).files[NEURONS].sha256, layers, None, made)
 

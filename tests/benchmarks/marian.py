@@ -68,7 +68,7 @@ class Translator:
         """Tokens with END behind them -> such tokens, or the ``given``; and the sum of their -ln p."""
         source, nll = self.encode(ids), 0.0
         cells = [np.zeros((1, self.d), np.float32) for _ in range(DECODERS)]
-        last, found = np.zeros((1, self.d), np.float32), []
+        last, found = np.zeros((1, self.d), np.float32), list[int]()
         while len(found) < (2 * len(ids) + 8 if given is None else len(given)):
             x = self._embed(last, len(found))
             for layer in range(1, DECODERS + 1):

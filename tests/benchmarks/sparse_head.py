@@ -42,7 +42,7 @@ def main() -> None:
             for name, head in heads.items():
                 engine.decoder.head = head
                 session = engine.session()
-                runs[name].append(speeds(session.forward, ids, PROMPT)["decode_tokens_s"])
+                runs[name].append(speeds(session.forward, ids, PROMPT, "wall")["decode_tokens_s"])
         engine.decoder.head = None
         judged = [judge_head(engine, [options.text], k, options.judged).to_json() for k in sizes]
         result = {

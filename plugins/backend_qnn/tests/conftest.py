@@ -4,7 +4,7 @@ import pytest
 from hypothesis import settings
 from pi2.testing.models import toy_architecture, write_toy_model
 
-settings.register_profile("qnn", max_examples=15, derandomize=True, database=None)  # per cent
+settings.register_profile("qnn", max_examples=15, deadline=None, derandomize=True, database=None)  # per cent
 
 
 @pytest.fixture(scope="session")
