@@ -2,8 +2,8 @@
 
 It can crash, prints on stdout and knows one SoC for life, so it is kept apart (``pi2_backend_qnn.client`` is
 the other side).  Requests and replies are JSON lines on the socket, each with its ticket; arrays lie in the
-shared memory.  Graphs that are asked for ahead of time are made by a second thread, while the first goes on
-running others.
+shared memory.  One thread answers, another one makes graphs that are asked for ahead of time, and the first
+only listens: once nobody is there any more, the process ends, whatever it computes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import queue
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from pi2_backend_qnn.graph import Graph
 
 EP = "QNNExecutionProvider"
+Requests = queue.SimpleQueue[dict[str, Any]]
 _ARM = ("aarch64", "arm64")
 
 
@@ -177,26 +179,29 @@ def _graph(rows: int, weights: str) -> Graph:
 
 
 class Server:
-    """Answers requests, those that are ahead of time in another thread."""
+    """Answers requests, those that are ahead of time in a thread of their own."""
 
     def __init__(self, control: socket.socket, worker: Worker) -> None:
         self._control, self._worker = control, worker
-        self._ahead: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._now: Requests = queue.SimpleQueue()
+        self._ahead: Requests = queue.SimpleQueue()
         self._lock = lock()
 
-    def serve(self) -> None:
+    def run(self) -> None:
         """Until the other side goes away."""
-        for line in self._control.makefile("rb"):
-            request = json.loads(line)
-            if request.pop("ahead", False):
-                self._ahead.put(request)
-            else:
-                self._answer(request)
-        os._exit(0)  # QNN's own clean-up may abort
+        run_together([self._listen, partial(self._serve, self._now), partial(self._serve, self._ahead)])
 
-    def make_ahead(self) -> None:
-        while (request := self._ahead.get()) is not None:
-            self._answer(request)
+    def _listen(self) -> None:
+        try:
+            for line in self._control.makefile("rb"):
+                request = json.loads(line)
+                (self._ahead if request.pop("ahead", False) else self._now).put(request)
+        finally:
+            os._exit(0)  # QNN's own clean-up may abort
+
+    def _serve(self, requests: Requests) -> None:
+        while True:
+            self._answer(requests.get())
 
     def _answer(self, request: dict[str, Any]) -> None:
         ticket, start = request.pop("ticket"), time.perf_counter()
@@ -214,7 +219,7 @@ class Server:
 def main() -> None:
     server = Server(socket.socket(fileno=int(sys.argv[1])), Worker(int(sys.argv[2])))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # QNN prints there
-    run_together([server.serve, server.make_ahead])
+    server.run()
 
 
 if __name__ == "__main__":

@@ -128,6 +128,25 @@ def test_a_worker_does_not_outlive_who_started_it():
     assert until(lambda: not worker.exists() or state(worker) == "Z")
 
 
+def test_nor_does_a_worker_that_computes():
+    program = (
+        "import numpy as np; from pi2.tensor import Tensor; from pi2_backend_qnn.backend import QnnBackend;"
+        "b = QnnBackend.open({'emulator': 'on'}); w = np.ones((4096, 4096), np.float32);"
+        "handle = b.place(Tensor.from_f32(w, 'q4_0')); x = np.ones((128, 4096), np.float32);"
+        "print(b._client.process_id, flush=True); b.linear(handle, x, np.empty_like(x))"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        worker = Path(f"/proc/{int(process.stdout.readline())}")
+
+        def ticks():
+            return int((worker / "stat").read_text().rpartition(")")[2].split()[11])
+
+        before = ticks()
+        assert until(lambda: ticks() > before + 100)  # a second; it would take another ten
+        process.kill()
+    assert until(lambda: not worker.exists() or state(worker) == "Z")
+
+
 def test_a_missing_library_is_named(tmp_path):
     backend = QnnBackend.open({"emulator": "on", "library": str(tmp_path / "libQnnHtp.so")})
     with pytest.raises(errors.LibraryMissing, match=r"libQnnHtp\.so"):
