@@ -132,7 +132,7 @@ def test_nor_does_a_worker_that_computes():
     program = (
         "import numpy as np; from pi2.tensor import Tensor; from pi2_backend_qnn.backend import QnnBackend;"
         "b, w = QnnBackend.open({'emulator': 'on'}), np.random.default_rng(0).standard_normal((4096, 4096));"
-        "handle = b.place(Tensor.from_f32(w.astype(np.float32), 'q4_0')); x = np.ones((128, 4096), np.float32);"
+        "x = np.ones((128, 4096), np.float32); handle = b.place(Tensor.from_f32(w.astype('f4'), 'q4_0'));"
         "print(b._client.process_id, flush=True); b.linear(handle, x, np.empty_like(x))"  # for five seconds
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
