@@ -1,4 +1,4 @@
-"""Decode of a real model with room for a share of its neurons: pi2, LLM in a Flash, and all in memory, in turns.
+"""Decode of a real model with room for a share of its neurons: pi2, LLM in a Flash, all in memory, in turns.
 
 python tests/benchmarks/offload_small.py MODEL TEXT [--share 0.5] [--predictor lowrank] [--repeats 3]
 
