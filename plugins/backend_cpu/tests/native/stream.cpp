@@ -3,6 +3,7 @@
 #include <errno.h>
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <map>
 #include <mutex>
@@ -27,7 +28,7 @@ class Flash {
     work_.notify_all();
     thread_.join();
   }
-  int64_t fail_one_in = 0;  // 0: none
+  std::atomic<int64_t> fail_one_in{0};  // 0: none; what was prefetched may still be read when it changes
   pi2_storage_abi abi{PI2_STORAGE_ABI_VERSION, sizeof(pi2_storage_abi), this, submit, wait, cancel};
 
  private:
@@ -75,8 +76,9 @@ class Flash {
       }
       Ticket& ticket =
           tickets_.at(open[static_cast<size_t>(random_.below(static_cast<int64_t>(open.size())))]);
+      const int64_t one_in = fail_one_in;
       if (ticket.cancelled) ticket.result = {ECANCELED, -1};
-      else if (fail_one_in > 0 && random_.one_in(fail_one_in)) ticket.result = {EIO, ticket.reads[0].offset};
+      else if (one_in > 0 && random_.one_in(one_in)) ticket.result = {EIO, ticket.reads[0].offset};
       else copy(lock, ticket);
       ticket.over = true;
       done_.notify_all();
