@@ -53,22 +53,15 @@ extern "C" pi2_stream* pi2_cpu_stream_open(pi2_cpu* cpu, const pi2_ffn* slab, ui
                                            int64_t cluster, int32_t trace, int32_t overlap, int32_t bundled) {
   if (abi->version != PI2_STORAGE_ABI_VERSION || abi->size < sizeof(pi2_storage_abi)) return nullptr;
   const int64_t split = split_of(*slab, page);
-  return new pi2_stream{cpu,
-                        *slab,
-                        states,
-                        slots,
-                        abi,
-                        split,
-                        cluster,
-                        two_phase != 0 && split != 0,
-                        trace != 0,
-                        overlap != 0,
-                        bundled != 0,
-                        {},
-                        std::vector<int32_t>(static_cast<size_t>(slots)),
-                        {},
-                        {},
-                        nullptr};
+  return new pi2_stream{cpu,          *slab,
+                        states,       slots,
+                        abi,          split,
+                        cluster,      two_phase != 0 && split != 0,
+                        trace != 0,   overlap != 0,
+                        bundled != 0, {},
+                        {},           std::vector<int32_t>(static_cast<size_t>(slots)),
+                        {},           {},
+                        {},           nullptr};
 }
 
 extern "C" int32_t pi2_cpu_stream_prefetch(pi2_stream* s, const pi2_place* place, const int32_t* neurons,
@@ -82,6 +75,7 @@ extern "C" int32_t pi2_cpu_stream_prefetch(pi2_stream* s, const pi2_place* place
     const int64_t ticket = s->submit(*place, neurons + first, slots + first, last - first, 0, s->f.stride,
                                      PI2_STORAGE_PREFETCH | (last < k ? PI2_STORAGE_MORE : 0), failure);
     if (ticket == 0) return failure->code;
+    std::lock_guard<std::mutex> guard(s->mutex);
     auto free = std::find_if(s->prefetches.begin(), s->prefetches.end(), spent);
     if (free == s->prefetches.end()) free = s->prefetches.insert(free, pi2::Prefetch{});
     *free = {ticket, {slots + first, slots + last}};
@@ -112,7 +106,8 @@ extern "C" int64_t pi2_cpu_stream_settle(pi2_stream* s, const int32_t* slots, in
       }
       const int32_t code =
           s->hangs ? ETIMEDOUT : s->abi->wait(s->abi->self, prefetch.ticket, kForEver, &failure);
-      s->hangs |= code == ETIMEDOUT;
+      if (code == ETIMEDOUT) s->hangs = true;
+      std::lock_guard<std::mutex> guard(s->mutex);
       bytes += s->settle(prefetch, code == 0);
     }
   }
