@@ -44,6 +44,7 @@ struct pi2_cpu {
   std::vector<int32_t> chosen;              // their rows
   std::vector<float> listed, sizes;         // h of many tokens, rearranged for down
   std::vector<uint8_t> places, found;       // where they were, and how many there are
+  std::vector<float> inner, scores;         // of a low-rank predictor
   std::vector<float> normed;                // (n, d)
   std::vector<float> q, k, v;               // (n, heads * head_dim), as the matrices give them
   std::vector<float> mixed;                 // (n, heads * head_dim), what attention makes of the values

@@ -1,4 +1,4 @@
-// Matrix times one token, all rows or some.
+// Matrix times one token, all rows or some; two small ones that name rows of the second.
 #include <algorithm>
 
 #include "context.h"
@@ -88,4 +88,26 @@ extern "C" void pi2_cpu_linear(pi2_cpu* cpu, const pi2_matrix* w, const float* x
   if (n == 0 || n_rows == 0) return;
   const pi2_cpu::Product product{w, rows, n_rows, out};
   cpu->multiply(x, n, &product, 1);
+}
+
+extern "C" int64_t pi2_cpu_low_rank(pi2_cpu* cpu, const pi2_matrix* inner, const float* bias,
+                                    const pi2_matrix* outer, const float* bounds, const float* x,
+                                    int32_t* rows, float* above) {
+  cpu->inner.resize(inner->rows);
+  cpu->scores.resize(outer->rows);
+  const pi2_cpu::Product first{inner, nullptr, inner->rows, cpu->inner.data()};
+  cpu->multiply(x, 1, &first, 1);
+  for (int64_t j = 0; j < inner->rows; ++j) {
+    const float sum = cpu->inner[j] + bias[j];
+    cpu->inner[j] = sum <= 0 ? 0.0f : sum;
+  }
+  const pi2_cpu::Product second{outer, nullptr, outer->rows, cpu->scores.data()};
+  cpu->multiply(cpu->inner.data(), 1, &second, 1);
+  int64_t count = 0;
+  for (int64_t i = 0; i < outer->rows; ++i) {
+    rows[count] = static_cast<int32_t>(i);
+    above[count] = cpu->scores[i] - bounds[i];
+    count += !(cpu->scores[i] <= bounds[i]);
+  }
+  return count;
 }

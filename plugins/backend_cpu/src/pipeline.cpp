@@ -296,26 +296,3 @@ void Pipeline::trace(const Unit& unit, Stage stage, uint8_t thread, int64_t neur
 }
 
 }  // namespace pi2
-
-void pi2_stream::abandon() {
-  if (running == nullptr) return;
-  running->abandon();
-  running.reset();
-}
-
-extern "C" void pi2_cpu_stream_begin(pi2_stream* stream, const pi2_place* place, const int32_t* neurons,
-                                     const int32_t* slots, int64_t k, const float* x) {
-  stream->abandon();
-  if (stream->hangs) return;
-  stream->running = std::make_unique<pi2::Pipeline>(*stream, *place, pi2::Candidates{neurons, slots, k}, x);
-  stream->running->begin();
-}
-
-extern "C" int32_t pi2_cpu_stream_finish(pi2_stream* stream, float* out, pi2_stream_count* count,
-                                         pi2_storage_failure* failure) {
-  *failure = {ETIMEDOUT, -1};  // why nothing was begun
-  if (stream->running == nullptr) return ETIMEDOUT;
-  const int32_t code = stream->running->finish(out, count, failure);
-  stream->running.reset();
-  return code;
-}
