@@ -207,7 +207,7 @@ class QnnBackend(Backend):
         if out.size == 0 or not mask.any():
             out[:] = 0
             return 0
-        return begin(self._programs, ffn, x, mask, ffn.neurons, ffn.neurons).finish(out).active
+        return begin(self._programs, ffn, x, mask, ffn.neurons).finish(out).active
 
     def place_attention(self, spec: AttentionSpec) -> Attention | Matrices:
         if self._contexts is None:

@@ -33,11 +33,11 @@ class Call:
         active, start, end = 0, time.perf_counter(), 0.0
         for number, (part, e, run) in enumerate(self.runs):
             try:
-                reply, (y, on) = run.finish()
+                reply, (y, on, *lifts) = run.finish()
             except BaseException:
                 self.cancel(number + 1)
                 raise
-            out[part] = self.ffn.scaling.outputs(y[0, : len(e)], e)
+            out[part] = self.ffn.scaling.outputs(y[0, : len(e)], e, *(each[0, : len(e)] for each in lifts))
             counts = on[0, : len(e)].sum(axis=1, dtype=np.float64)
             active += int(counts[self.good[part]].sum())
             start, end = min(start, reply.start), max(end, reply.end)
@@ -53,25 +53,24 @@ class Call:
             run.cancel()
 
 
-def begin(programs: Programs, ffn: Ffn, x: F32, mask: F32, count: int, among: int | None = None) -> Call:
+def begin(programs: Programs, ffn: Ffn, x: F32, mask: F32, count: int) -> Call:
     """Start the FFN of ``x`` (n, d), n >= 1, over the first ``count`` neurons; ``mask`` (k,) is 1 for those
-    that take part, 0 for others, which may be computed as well; they are chosen ``among`` the first so many,
-    by default up to the last that takes part, which decides on the scale.  Raises QnnError; then
-    nothing was started.
+    that take part, 0 for others, which may be computed as well.  Raises QnnError; then nothing was started.
     """
     x, bad = finite_rows(x)
-    among = int(np.flatnonzero(mask)[-1]) + 1 if among is None else among
     good = np.ones(len(x), np.bool_)
     if bad is not None:
         good[bad.rows] = False
     call = Call(ffn, mask, [], bad, good)
     try:
         for part in pieces(len(x)):
-            e, fed = ffn.scaling.inputs(x[part], ffn.spec, among)
+            e, fed = ffn.scaling.inputs(x[part], ffn.spec)
             shape = programs.choose(ffn, ffn.shape_for(len(e), count))
             inputs = {name: pad(values, shape[0]) for name, values in fed.items()}
             inputs |= _masks(ffn, mask, shape[1])
             outputs = [(1, shape[0], ffn.spec.geometry.d_model), (1, *shape)]
+            if ffn.scaling.lifts:
+                outputs.append((1, shape[0], ffn.scaling.lifts))
             call.runs.append((part, e, programs.begin(ffn, shape, inputs, outputs)))
     except BaseException:
         call.cancel()

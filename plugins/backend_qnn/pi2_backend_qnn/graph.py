@@ -19,6 +19,7 @@ from pi2.api import FfnSpec
 from pi2.tensor import BLOCK, F32, U8, DType, Tensor, decode
 
 from pi2_backend_qnn.pack import BITS, nbits, outputs, quants_of
+from pi2_backend_qnn.scaling import MOST, RELU
 
 _IR_VERSION = 10
 _SMOOTH_END = 10.0  # beyond, the sigmoid and the normal distribution are 0 or 1 as far as fp16 can tell
@@ -57,6 +58,13 @@ class Graph:
         """A node called ``name``, whose only output has that name, too."""
         self._nodes.append(helper.make_node(op, list(inputs), [name], name=f"{name}.{op}", **attributes))
         return name
+
+    def axis(self) -> str:
+        """The last."""
+        return self.constant("axis", np.array([2], np.int64))
+
+    def concat(self, name: str, parts: Sequence[str]) -> str:
+        return self.add("Concat", name, *parts, axis=2) if len(parts) > 1 else parts[0]
 
     def split(self, name: str, x: str, parts: int) -> list[str]:
         """(1, parts, n) -> so many times (1, 1, n)."""
@@ -103,7 +111,30 @@ class Graph:
             scaled = self.add("Mul", f"{at}{block}.h", h, factors[block])
             quants = q.quants[:, block * BLOCK : (block + 1) * BLOCK].T
             columns.append(self.nbits(f"{at}{block}", scaled, quants, ones, q.bits))
-        return columns[0] if len(columns) == 1 else self.add("Concat", at, *columns, axis=2)
+        return self.concat(at, columns)
+
+    def lifted(self, name: str, parts: Sequence[str], power: int, lifts: list[str]) -> list[str]:
+        """``parts`` (1, M, n), less than 2**16, times a power of two for each token, which ``lifts`` gets,
+        (1, M, 1).  It makes the largest of all parts less than 2**power, and at least half, if 2**MOST can.
+
+        No quotient: its bits can change with M (QAIRT 2.51).
+        """
+        sizes = [
+            self.add("ReduceMax", f"{part}.most", self.add("Abs", f"{part}.abs", part), axes=[2], keepdims=1)
+            for part in parts
+        ]
+        size = sizes[0]
+        for number, each in enumerate(sizes[1:], 1):
+            size = self.add("Max", f"{name}.size{number}", size, each)
+        tops = np.arange(MOST + 1, power - MOST - 1, -1)
+        ends = np.minimum(np.ldexp(1.0, tops), np.finfo(np.float16).max)
+        powers = self.constant(f"{name}.powers", np.ldexp(1.0, power - tops)[None, None].astype(np.float32))
+        above = self.constant(f"{name}.tops", ends[None, None].astype(np.float32))
+        gap = self.add("Relu", f"{name}.gap", self.add("Sub", f"{name}.left", above, size))
+        fitting = self.add("Mul", f"{name}.fitting", self.add("Sign", f"{name}.below", gap), powers)
+        factor = self.add("ReduceMax", f"{name}.factor", fitting, axes=[2], keepdims=1)
+        lifts.append(factor)
+        return [self.add("Mul", f"{part}.lifted", part, factor) for part in parts]
 
     def model(self, outputs: Mapping[str, Sequence[int]]) -> bytes:
         results = [
@@ -134,7 +165,8 @@ def ffn_graph(g: Graph, bundles: U8, spec: FfnSpec, cluster: int, exponents: Map
 
     ``exponents``: of gate, up and down.  Inputs and outputs are scaled as ``pi2_backend_qnn.scaling`` says:
     "true" (1, M, 1) is what makes a gate of it that the activation function can be asked for, "ones"
-    (1, M, 1) is 1 under the same scale, for biases.
+    (1, M, 1) is 1 under the same scale, for biases.  If hidden values are lifted, the last output is
+    by what, (1, M, 1 or 2).
     """
     rows = g.rows
     x = g.input("x", 1, rows, spec.geometry.d_model)
@@ -142,47 +174,68 @@ def ffn_graph(g: Graph, bundles: U8, spec: FfnSpec, cluster: int, exponents: Map
         g.input("true", 1, rows, 1)
     if spec.geometry.biased:
         g.input("ones", 1, rows, 1)
-    parts = [bundles[first : first + cluster] for first in range(0, len(bundles), cluster)]
-    sums, counts = [], []
-    for number, part in enumerate(parts):
-        y, count = _Cluster(g, f"c{number}", part, spec, exponents).build(x, number)
-        sums.append(y)
-        counts.append(count)
-    y, active = sums[0], counts[0]
-    for number, each in enumerate(sums[1:], 1):
+    clusters = [
+        _Cluster(g, number, bundles[first : first + cluster], spec, exponents)
+        for number, first in enumerate(range(0, len(bundles), cluster))
+    ]
+    lifts: list[str] = []
+    factors = [c.factors(x) for c in clusters]
+    if spec.activation == "relu2" and spec.geometry.gate is not None:
+        firsts = g.lifted("relu", [first for first, _ in factors], RELU, lifts)
+        factors = [(first, up) for first, (_, up) in zip(firsts, factors, strict=True)]
+    hidden = [c.hidden(*each) for c, each in zip(clusters, factors, strict=True)]
+    hidden = g.lifted("hidden", hidden, exponents.get("hidden", 0), lifts)
+    y, *sums = [c.down(h) for c, h in zip(clusters, hidden, strict=True)]
+    for number, each in enumerate(sums, 1):
         y = g.add("Add", f"sum{number}", y, each)
-    if len(counts) > 1:
-        active = g.add("Concat", "active", *counts, axis=2)
-    return g.model({y: (1, rows, spec.geometry.d_model), active: (1, rows, len(parts))})
+    active = g.concat("active", [c.count for c in clusters])
+    found = {y: (1, rows, spec.geometry.d_model), active: (1, rows, len(clusters))}
+    if lifts:
+        found[g.concat("lifts", lifts)] = (1, rows, len(lifts))
+    return g.model(found)
 
 
 class _Cluster:
     """The part of a graph that computes one cluster."""
 
-    def __init__(self, g: Graph, at: str, bundles: U8, spec: FfnSpec, exponents: Mapping[str, Any]) -> None:
-        self.g, self.at, self.spec, self.exponents = g, at, spec, exponents
+    def __init__(
+        self, g: Graph, number: int, bundles: U8, spec: FfnSpec, exponents: Mapping[str, Any]
+    ) -> None:
+        self.g, self.at, self.spec, self.exponents = g, f"c{number}", spec, exponents
         self.n = -(-len(bundles) // BLOCK) * BLOCK
         self.bundles = np.zeros((self.n, bundles.shape[1]), np.uint8)
         self.bundles[: len(bundles)] = bundles
+        self.mask = g.input(f"mask{number}", 1, 1, self.n)
+        self.count = ""
+        """Of active neurons, (1, M, 1), once there are factors."""
 
-    def build(self, x: str, number: int) -> tuple[str, str]:
-        """Names of this cluster's sum (1, M, d), and of its number of active neurons (1, M, 1)."""
+    def factors(self, x: str) -> tuple[str, str | None]:
+        """What hidden values are made of: the activation, not squared yet, and "up" if there is a gate."""
         g, at, gated = self.g, self.at, self.spec.geometry.gate is not None
-        self.mask = mask = g.input(f"mask{number}", 1, 1, self.n)
         biases = self._biases()
         up = self._dots(x, "up", biases[-1])
         if gated and self.spec.up_relu:
             up = g.add("Relu", f"{at}.up.relu", up)
-        first, second = self._activated(self._dots(x, "gate", biases[0]) if gated else up)
-        first = g.add("Mul", f"{at}.masked", first, mask)
+        first, share = self._activated(self._dots(x, "gate", biases[0]) if gated else up)
+        first = g.add("Mul", f"{at}.masked", first, self.mask)
         on = self._is_on(first)
-        h = first if second is None else g.add("Mul", f"{at}.act", first, second)
         if gated:
-            h = g.add("Mul", f"{at}.h", h, up)
             on = g.add("Mul", f"{at}.on", on, self._is_on(up))
-        axes = g.constant("axis", np.array([2], np.int64))
-        count = g.add("ReduceSum", f"{at}.count", on, axes, keepdims=1)
-        return g.down(f"{at}.down", h, mask, *self._segment("down"), self.exponents["down"]), count
+        self.count = g.add("ReduceSum", f"{at}.count", on, g.axis(), keepdims=1)
+        if share is not None:
+            first = g.add("Mul", f"{at}.act", first, share)
+        return first, up if gated else None
+
+    def hidden(self, first: str, up: str | None) -> str:
+        """Of factors: (1, M, n)."""
+        g, at = self.g, self.at
+        if self.spec.activation == "relu2":
+            first = g.add("Mul", f"{at}.squared", first, first)
+        return first if up is None else g.add("Mul", f"{at}.h", first, up)
+
+    def down(self, h: str) -> str:
+        """The cluster's sum, (1, M, d)."""
+        return self.g.down(f"{self.at}.down", h, self.mask, *self._segment("down"), self.exponents["down"])
 
     def _segment(self, name: str) -> tuple[U8, DType]:
         offset, size = self.spec.geometry.segments()[name]
@@ -205,11 +258,10 @@ class _Cluster:
         return g.add("Add", f"{label}.biased", y, term)
 
     def _activated(self, pre: str) -> tuple[str, str | None]:
-        """Two factors whose product is the activation function of ``pre``; the second may be 1."""
+        """Two factors whose product is the activation function of ``pre``, not squared yet; None is 1."""
         g, at = self.g, self.at
         if self.spec.activation in ("relu", "relu2"):
-            a = g.add("Relu", f"{at}.relu", pre)
-            return a, a if self.spec.activation == "relu2" else None
+            return g.add("Relu", f"{at}.relu", pre), None
         true = g.add("Mul", f"{at}.true", pre, "true")
         ends = [g.constant(f"end{end}", np.array(end, np.float32)) for end in (-_SMOOTH_END, _SMOOTH_END)]
         if self.spec.activation == "silu":

@@ -9,6 +9,7 @@ to those of hidden values, cluster by cluster.  Between products numbers are fp1
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,7 @@ class IntegerGraph(Graph):
 
         The 2-norm of that is at most 1; both factors come last.
         """
-        axes = self.constant("axis", np.array([2], np.int64))
-        size = self.add("ReduceMax", f"{at}.size", self.add("Abs", f"{at}.abs", h), axes, keepdims=1)
+        size = self.add("ReduceMax", f"{at}.size", self.add("Abs", f"{at}.abs", h), self.axis(), keepdims=1)
         largest = self.add("Max", f"{at}.largest", size, self.scalar(2.0**-14))
         unit = self.add("Div", f"{at}.unit", h, largest)
         squares = self.add("Mul", f"{at}.squares", unit, unit)
@@ -55,6 +55,10 @@ class IntegerGraph(Graph):
         weights = np.ldexp(decode(data, dtype), -np.array(exponent, np.int32))
         y = self._product(f"{at}.y", normed, weights.T)
         return self.add("Mul", at, self.add("Mul", f"{at}.by_norm", y, norm), largest)
+
+    def lifted(self, name: str, parts: Sequence[str], power: int, lifts: list[str]) -> list[str]:
+        """As they are: ``down`` sees to their size."""
+        return list(parts)
 
     def _product(self, name: str, x: str, weights: F32) -> str:
         """``x`` (1, M, K), of norm 1 at most, times ``weights`` (N, K)."""

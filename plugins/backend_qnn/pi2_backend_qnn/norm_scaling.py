@@ -104,19 +104,23 @@ class NormScaling(FfnScaling):
     @classmethod
     def of_norms(cls, spec: FfnSpec, powers: Powers, biases: F32 | None) -> NormScaling:
         """``biases`` (k, 1 or 2).  Raises GraphRefused."""
-        pre, fixed, factor = FfnScaling.powers(spec, {**powers.dots, "down": 0})
+        pre, fixed, counts = FfnScaling.fixed_of(spec, {**powers.dots, "down": 0})
         bias = None
         if biases is not None:
             largest = int(_powers(np.abs(biases).max(initial=0)))
             bias = max(-MOST, largest - min(powers.dots["up"], pre) - _dots_power(spec) + 1)
-        return cls(pre, fixed, factor, bias, (), powers.down)
+        return cls(pre, fixed, counts, bias, (), powers.down)
 
-    def exponents(self, x: F32, spec: FfnSpec, count: int) -> Exponents:
+    def exponents(self, x: F32, spec: FfnSpec) -> Exponents:
         e = norm_exponents(x)
         return e if self.bias is None else np.maximum(e, np.int32(self.bias))
 
-    def outputs(self, y: F32, e: Exponents) -> F32:
+    @property
+    def lifts(self) -> int:
+        return 0
+
+    def outputs(self, y: F32, e: Exponents, lifts: F32 | None = None) -> F32:
         positive = y + np.float32(0)  # a zero, whose sign depends on how many clusters a graph has
         with np.errstate(over="ignore"):
-            true: F32 = np.ldexp(positive, (self.factor * e + self.fixed)[:, None] + self.outputs_of)
+            true: F32 = np.ldexp(positive, (sum(self.powers) * e + self.fixed)[:, None] + self.outputs_of)
         return true

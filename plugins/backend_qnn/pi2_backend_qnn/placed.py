@@ -14,7 +14,7 @@ from pi2.tensor import F32, U8, Tensor
 
 from pi2_backend_qnn import norm_scaling, pack, requantise
 from pi2_backend_qnn.client import Reply
-from pi2_backend_qnn.scaling import Exponents, FfnScaling, input_exponents
+from pi2_backend_qnn.scaling import Exponents, FfnScaling, down_powers, input_exponents
 
 ROWS: Final = (1, 4, 8, 32, 128)
 """Tokens of a graph: 1 to 8 decode, 32 and 128 prefill; fewer tokens are padded with zeros."""
@@ -139,6 +139,7 @@ class Ffn(Placed):
             self.exponents: dict[str, Any] = {
                 name: pack.exponent(each.largest) for name, each in sizes.items()
             }
+            self.exponents["down"], self.exponents["hidden"] = down_powers(sizes["down"])
             self.scaling: FfnScaling = FfnScaling.of(self.spec, sizes, self.exponents, biases)
         else:
             powers = norm_scaling.Powers.of(self.spec, sizes, self.bundles, self.cluster)

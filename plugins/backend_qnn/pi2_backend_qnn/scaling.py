@@ -4,19 +4,22 @@ A token is divided by 2**e, the weights by powers of their own (``pi2_backend_qn
 that; of SiLU and GELU, which are g * share(g), only the share is asked for the true g.  The result is
 multiplied back in float32, so that all this is exact.
 
-Below 1, what few and weak neurons give together can be lost: fp16 has nothing between 0 and 2**-24.  So
-tokens are multiplied by 2**lift, as far as no neuron that takes part, nor their sum, can exceed 2**15: a dot
-product is at most the largest weight times the token's 1-norm, and at most the product of both 2-norms.
-A lift is a whole number and counts k times, k factors in a hidden value, so that these can reach 2**(15 - k)
-at least, if the lift is not at its end.  What that leaves to be lost, beside the tolerance:
+Below 1, what few and weak neurons give could be lost: fp16 has nothing between 0 and 2**-24.  So tokens are
+multiplied by 2**lift, as far as no hidden value, of whichever neuron, can exceed 2**15: a dot product is at
+most the largest weight times the token's 1-norm, and at most the product of both 2-norms.  From there on
+nothing depends on neurons that do not take part: the graph multiplies each token's hidden values by the
+power of two that brings their largest to 2**hidden, so that no sum can exceed 2**15.  A ReLU that is to be
+squared and multiplied with "up" is brought to 2**RELU before.  What can be lost, beside the tolerance:
 
-    weights    2**-25 of the power of two that all weights of a matrix are below
-    results    2**(k - 39) of the largest that a hidden value could be, times that power of two of ``down``:
-               half of 2**-24, both for hidden values and for their sum
+    weights        2**-25 of the power of two that all weights of a matrix are below
+    dot products   2**-29 of the largest that there could be, of whichever neuron
+    hidden values  2**-38 of the largest that there could be, and 2**-25 of the largest that there is
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,16 +28,18 @@ from numpy.typing import NDArray
 from pi2.api import FfnSpec
 from pi2.tensor import F32
 
-from pi2_backend_qnn.pack import Sizes
+from pi2_backend_qnn.pack import Sizes, exponent
 
 Exponents = NDArray[np.int32]
 """(n,), one a token."""
 
-TRUE = (-14, 15)
-"""Powers of two that are normal numbers in fp16; beyond, the share is 0.5, or 0 or 1."""
-_ONES = -14
+LEAST = -14
+"""The least power of two that is a normal number in fp16."""
 MOST = 15
 """The power of two that nothing exceeds in fp16, whose largest number is nearly 2**16."""
+RELU = 5
+"""As above, of a ReLU whose square is multiplied."""
+SQUARED_AND_GATED = (2, 1)
 
 
 def input_exponents(x: F32) -> Exponents:
@@ -51,37 +56,18 @@ def scaled(x: F32, e: Exponents) -> F32:
 
 
 @dataclass(frozen=True, slots=True)
-class _Bounds:
-    """What neurons can give a token whose norm is 1, if "ones" is at most 1."""
+class _Dots:
+    """Of the weights of a factor: what none of them, no neuron's 2-norm of them, and no bias exceeds."""
 
-    order: int
-    """Which norm."""
-    stages: tuple[tuple[int, F32], ...]
-    """Of dot products, activations and hidden values: how often e counts, and what none exceeds, (k,)."""
-    shares: F32
-    """What each neuron adds to a number of the result at most, (k,)."""
+    weight: float
+    norm: float
+    bias: float
 
-    @classmethod
-    def of(cls, order: int, weights: Mapping[str, F32], added: F32, down: F32, square: bool) -> _Bounds:
-        """``weights``: the dual norms, (k,), of "up", and of "gate" if there is one; ``added``: what their
-        biases are at most, (2, k), up last; ``down``: the largest magnitudes, (k,).
-        """
-        up = weights["up"] + added[-1]
-        dots = weights["gate"] + added[0] if "gate" in weights else up
-        act = dots ** (1 + square)
-        hidden = act * up if "gate" in weights else act
-        times = 1 + square + ("gate" in weights)
-        return cls(order, ((1, np.maximum(dots, up)), (1 + square, act), (times, hidden)), hidden * down)
-
-    def room(self, x: F32, ones: F32, count: int) -> F32:
-        """By which powers of two tokens (n, d) and their ``ones`` (n,) can be multiplied, (n,)."""
-        most = [(times, values[:count].max(initial=0)) for times, values in self.stages]
-        most.append((self.stages[-1][0], self.shares[:count].sum()))
-        sizes = np.maximum(np.linalg.norm(x, self.order, axis=1), ones)
-        with np.errstate(divide="ignore"):
-            rooms = [(MOST - np.log2(value)) / times for times, value in most]
-            room: F32 = np.float32(min(rooms)) - np.log2(sizes)
-        return room
+    def largest(self, x: F32, ones: F32) -> F32:
+        """What no dot product exceeds, with tokens (n, d) and their ``ones`` (n,): (n,)."""
+        sizes = self.weight * np.linalg.norm(x, 1, axis=1), self.norm * np.linalg.norm(x, axis=1)
+        largest: F32 = np.minimum(*sizes) + self.bias * ones
+        return largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,79 +78,97 @@ class FfnScaling:
     """Of what the activation function is given, beside e."""
     fixed: int
     """Of the result, beside e."""
-    factor: int
-    """How often e counts in the result."""
+    powers: tuple[int, ...]
+    """How often the factors of a hidden value count: the activation's, and "up" if there is a gate."""
     bias: int | None
-    bounds: tuple[_Bounds, ...]
-    """For the 1-norm and the 2-norm of tokens."""
+    dots: tuple[_Dots, ...]
+    """Of the same factors."""
 
     @classmethod
     def of(
         cls, spec: FfnSpec, sizes: Mapping[str, Sizes], exponents: Mapping[str, int], biases: F32 | None
     ) -> FfnScaling:
         """``sizes``: of each part's weights, by neuron; ``biases`` (k, 1 or 2)."""
-        pre, fixed, factor = cls.powers(spec, exponents)
-        bias = None
-        added = np.zeros((2, len(sizes["up"].largest)), np.float32)
+        pre, fixed, powers = cls.fixed_of(spec, exponents)
+        bias, added = None, np.zeros(len(powers))
         if biases is not None:
             least = min(exponents["up"], pre)
-            bias = max(_ONES, int(np.frexp(np.abs(biases).max(initial=0))[1]) - least - 4)
-            added = np.ldexp(np.abs(biases[:, [0, -1]]).T, [[-pre], [-exponents["up"]]]).astype(np.float32)
-        down = np.ldexp(sizes["down"].largest, -exponents["down"])
-        bounds = []
-        for order, which in ((1, "largest"), (2, "norms")):
-            dots = {n: np.ldexp(getattr(sizes[n], which), -exponents[n]) for n in sizes if n != "down"}
-            bounds.append(_Bounds.of(order, dots, added, down, spec.activation == "relu2"))
-        return cls(pre, fixed, factor, bias, tuple(bounds))
+            bias = max(LEAST, int(np.frexp(np.abs(biases).max(initial=0))[1]) - least - 4)
+            added = np.abs(biases).max(axis=0, initial=0).astype(np.float64)
+        dots = []
+        for part, largest in zip(("gate", "up")[-len(powers) :], added, strict=True):
+            weight = float(sizes[part].largest.max(initial=0))
+            norm = min(float(sizes[part].norms.max(initial=0)), weight * spec.geometry.d_model**0.5)
+            dots.append(_Dots(*(math.ldexp(each, -exponents[part]) for each in (weight, norm, largest))))
+        return cls(pre, fixed, powers, bias, tuple(dots))
 
     @staticmethod
-    def powers(spec: FfnSpec, exponents: Mapping[str, int]) -> tuple[int, int, int]:
-        """``pre``, ``fixed`` and ``factor`` of an FFN."""
+    def fixed_of(spec: FfnSpec, exponents: Mapping[str, int]) -> tuple[int, int, tuple[int, ...]]:
+        """``pre``, ``fixed`` and ``powers`` of an FFN."""
         gated, square = spec.geometry.gate is not None, spec.activation == "relu2"
         pre = exponents["gate" if gated else "up"]
         fixed = pre * (1 + square) + exponents["down"] + (exponents["up"] if gated else 0)
-        return pre, fixed, 1 + square + gated
+        return pre, fixed, (1 + square, 1) if gated else (1 + square,)
 
-    def lift(self, x: F32, e: Exponents, count: int) -> Exponents:
-        """The powers of two, at least 0, that tokens (n, d) divided by 2**e can be multiplied by if the
-        first ``count`` neurons may take part.  A token's own, whatever else is computed: the same bits.
+    def lift(self, x: F32, e: Exponents) -> Exponents:
+        """The powers of two that tokens (n, d) divided by 2**e are multiplied by.
+
+        A token's own, whatever else is computed, and whichever neurons take part: the same bits.
         """
         small = scaled(x, -e)
         ones = np.zeros(len(x), np.float32) if self.bias is None else np.ldexp(np.float32(1), -e)
-        rooms = [bounds.room(small, ones, count) for bounds in self.bounds]
-        lift: Exponents = np.clip(np.floor(np.maximum(*rooms)), 0, MOST).astype(np.int32)
+        with np.errstate(divide="ignore"):
+            dots = [np.log2(each.largest(small, ones)) for each in self.dots]
+        if self.powers == SQUARED_AND_GATED:
+            room = MOST - 2 * RELU - np.maximum(*dots)
+        else:
+            product = sum(map(operator.mul, self.powers, dots))
+            room = np.minimum(MOST - np.maximum.reduce(dots), (MOST - product) / sum(self.powers))
+        lift: Exponents = np.floor(np.minimum(room, MOST)).astype(np.int32)
         return lift
 
-    def exponents(self, x: F32, spec: FfnSpec, count: int) -> Exponents:
-        """e of every token (n, d); ``count`` as in ``lift``.
-
-        "true" and "ones" stay in the range of normal numbers.
-        """
-        smooth, e = is_smooth(spec), input_exponents(x)
+    def exponents(self, x: F32, spec: FfnSpec) -> Exponents:
+        """e of every token (n, d).  "true" and "ones" stay in the range of normal numbers."""
+        e = input_exponents(x)
         if self.bias is not None:
             e = np.maximum(e, np.int32(self.bias))
-        lift = self.lift(x, e, count)
-        if smooth:
-            lift = np.minimum(lift, e + self.pre - TRUE[0])
+        lift = self.lift(x, e)
+        if is_smooth(spec):
+            lift = np.minimum(lift, np.maximum(e + self.pre - LEAST, 0))
         if self.bias is not None:
-            lift = np.minimum(lift, e - _ONES)
-        lifted: Exponents = e - np.maximum(lift, 0)
+            lift = np.minimum(lift, np.maximum(e - LEAST, 0))
+        lifted: Exponents = e - lift
         return lifted
 
-    def inputs(self, x: F32, spec: FfnSpec, count: int) -> tuple[Exponents, dict[str, F32]]:
+    def inputs(self, x: F32, spec: FfnSpec) -> tuple[Exponents, dict[str, F32]]:
         """e of every token, and what the graph is fed: x (n, d), "true" and "ones" (n, 1) if it asks."""
-        e = self.exponents(x, spec, count)
+        e = self.exponents(x, spec)
         fed = {"x": scaled(x, -e)}
         one = np.ones((len(x), 1), np.float32)
         if is_smooth(spec):
-            fed["true"] = scaled(one, np.clip(e + self.pre, *TRUE))
+            fed["true"] = scaled(
+                one, np.clip(e + self.pre, LEAST, MOST)
+            )  # beyond, the share is 0.5, or 0 or 1
         if self.bias is not None:
             fed["ones"] = scaled(one, -e)
         return e, fed
 
-    def outputs(self, y: F32, e: Exponents) -> F32:
-        """The true result of (n, d) from a graph."""
-        return scaled(y, self.factor * e + self.fixed)
+    @property
+    def lifts(self) -> int:
+        """How many powers of two a graph gives for each token: what it multiplied with, the ReLU's first."""
+        return 2 if self.powers == SQUARED_AND_GATED else 1
+
+    def outputs(self, y: F32, e: Exponents, lifts: F32) -> F32:
+        """The true result of (n, d) from a graph, which has ``lifts`` (n, 1 or 2)."""
+        *relu, hidden = np.frexp(lifts.T)[1] - 1
+        return scaled(y, sum(self.powers) * e + self.fixed - hidden - 2 * sum(relu))
+
+
+def down_powers(sizes: Sizes) -> tuple[int, int]:
+    """The power of two that ``down`` is divided by, and ``hidden``."""
+    total = math.frexp(sizes.largest.sum(dtype=np.float64))[1]
+    down = max(exponent(sizes.largest), total - MOST)
+    return down, min(MOST, MOST - (total - down))
 
 
 def is_smooth(spec: FfnSpec) -> bool:

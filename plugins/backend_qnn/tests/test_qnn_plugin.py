@@ -197,17 +197,17 @@ def test_tokens_are_scaled_without_loss(seed, power):
     power=st.integers(-30, 30),
 )
 def test_lifted_tokens_stay_within_fp16(rng, activation, gated, biased, weak, power):
-    """Whatever the tokens are, even those that agree best with the weights: signs, and weights themselves."""
+    """Whatever the tokens are, even those that agree best with a neuron: its signs, and its weights."""
     geometry = BundleGeometry(8, "f32" if gated else None, "f32", "f32", biased=biased)
     bundles, spec = np.zeros((5, geometry.stride), np.uint8), FfnSpec(geometry, activation)
     for part in geometry.segments():
         values = rng.standard_normal((5, {"bias": 1 + gated}.get(part, 8))).astype(np.float32)
         geometry.pack_into(bundles, part, np.ldexp(values, [[weak], [weak], [0], [0], [0]]))
     ffn = Ffn(bundles=bundles, spec=spec, cluster=32)
-    n = geometry.unpack(bundles[:2])
+    n = geometry.unpack(bundles)
     rows = np.concatenate((n.up, n.up if n.gate is None else n.gate))
     x = np.ldexp(np.concatenate((np.sign(rows), rows)), power)
-    e, fed = ffn.scaling.inputs(x, spec, 2)
+    e, fed = ffn.scaling.inputs(x, spec)
     ones = fed.get("ones", np.zeros((len(x), 1), np.float32)).astype(np.float64)
 
     def dots(part, rows, bias):
@@ -216,9 +216,10 @@ def test_lifted_tokens_stay_within_fp16(rng, activation, gated, biased, weak, po
 
     up = dots("up", n.up, n.up_bias)
     a = dots("gate", n.gate, n.gate_bias) if gated else up
-    a = a**2 if activation == "relu2" else a
-    h = a * up if gated else a
-    y = h @ np.abs(n.down.astype(np.float64)) * 2.0 ** -ffn.exponents["down"]
+    first = a if ffn.scaling.lifts == 1 else np.minimum(a, 2.0**scaling.RELU)  # in the graph
+    h = first ** (1 + (activation == "relu2")) * (up if gated else 1)
+    y = 2.0 ** ffn.exponents["hidden"] * np.abs(n.down.astype(np.float64)).sum(axis=0)
+    y *= 2.0 ** -ffn.exponents["down"]
     assert max(each.max() for each in (fed["x"], ones, up, a, h, y)) < np.finfo(np.float16).max
     assert np.allclose(np.ldexp(fed["x"], e[:, None]), x, rtol=0, atol=0)
 
