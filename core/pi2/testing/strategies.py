@@ -21,7 +21,7 @@ from pi2.tensor import BLOCK, DTYPES, F32, U8, DType, Ids, Tensor, row_bytes
 
 # One less, as many, and one more than a vector register, a block of weights, or a cache line holds.
 COLS = (1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 160)
-COLS_QUANTISED = (32, 64, 96, 160)
+COLS_QUANTISED = (32, 64, 96, 128, 160)
 ROWS = (0, 1, 2, 15, 16, 17, 31, 32, 33, 64, 65)
 TOKENS = (0, 1, 2, 5, 33)
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)

@@ -4,6 +4,8 @@
 // four vectors are added up together, so that each lane ends as four finished sums, and a float conversion
 // and a multiplication serve all four.
 #pragma once
+#include <algorithm>
+
 #include "kernels.h"
 
 namespace pi2 {
@@ -70,6 +72,44 @@ struct DotsX86 {
                  totals(quads[0], quads[1], quads[2], quads[3]),
                  V::template spread<Q4, Whole>(x.scales + b, here),
                  Q4 ? V::template spread<Q4, Whole>(x.offsets + b, here) : V::zero());
+  }
+
+  static constexpr int64_t kShort = kStep;  // blocks in a row that is a single vector, at most
+
+  // Four short rows: what their vectors add up to stands where it does in a row of four vectors, each
+  // lane's four numbers being those of four rows.  Each row's bits are those of `dot`.
+  template <bool Whole>
+  static inline void four(const uint8_t* const* rows, const Quantised& x, int64_t cols, F scale, F offset,
+                          float* out) {
+    const int64_t blocks = cols / kBlock, count = Whole ? kStep : blocks;
+    I quads[4];
+    uint8_t scales[2 * kGroup] = {};
+    for (int i = 0; i < 4; ++i) {
+      quads[i] = quads_of<Whole>(rows[i], x, 0, blocks);
+      __builtin_memcpy(scales + 2 * kStep * i, rows[i] + scales_at(cols, 0), 2 * count);
+    }
+    const F v = chain(V::zero(), V::template spread_halves<Q4, true>(scales, kGroup),
+                      totals(quads[0], quads[1], quads[2], quads[3]), scale, offset);
+    V::store_lane_sums(V::add(v, V::zero()), out);  // no negative zeros, as `dot` has none
+  }
+
+  // The first rows of k, in fours; returns how many.  cols <= kShort * kBlock.
+  static int64_t dot_short(const uint8_t* const* rows, int64_t k, const Quantised& x, int64_t cols,
+                           float* out) {
+    const int64_t blocks = cols / kBlock;
+    float scales[kGroup] = {}, offsets[kGroup] = {};
+    for (int i = 0; i < 4; ++i) {
+      std::copy_n(x.scales, blocks, scales + kStep * i);
+      std::copy_n(x.offsets, blocks, offsets + kStep * i);
+    }
+    const F scale = V::template spread<Q4, true>(scales, kGroup);
+    const F offset = Q4 ? V::template spread<Q4, true>(offsets, kGroup) : V::zero();
+    int64_t j = 0;
+    for (; j + 4 <= k; j += 4) {
+      if (blocks == kStep) four<true>(rows + j, x, cols, scale, offset, out + j);
+      else four<false>(rows + j, x, cols, scale, offset, out + j);
+    }
+    return j;
   }
 
   // Memory is asked for as many bytes from `ahead` on.

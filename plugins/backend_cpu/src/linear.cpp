@@ -61,6 +61,23 @@ void multiply_rows(const pi2_cpu& cpu, const pi2_cpu::Product& p, const float* x
   }
 }
 
+// Which scores exceed their bounds, and by how much; what is not a number does.
+int64_t exceeding(const float* scores, const float* bounds, int64_t n, int32_t* rows, float* above) {
+  constexpr int64_t kAtOnce = 64;
+  int64_t count = 0;
+  for (int64_t first = 0; first < n; first += kAtOnce) {
+    const int64_t here = std::min(kAtOnce, n - first);
+    uint8_t on[kAtOnce] = {};  // a loop of its own, without branches: the compiler makes vectors of it
+    for (int64_t i = 0; i < here; ++i) on[i] = !(scores[first + i] <= bounds[first + i]);
+    for (int64_t i = 0; i < here; ++i) {
+      rows[count] = static_cast<int32_t>(first + i);
+      count += on[i];
+    }
+  }
+  for (int64_t j = 0; j < count; ++j) above[j] = scores[rows[j]] - bounds[rows[j]];
+  return count;
+}
+
 }  // namespace
 
 void pi2_cpu::multiply(const float* x, int64_t n, const Product* products, int count) {
@@ -103,11 +120,5 @@ extern "C" int64_t pi2_cpu_low_rank(pi2_cpu* cpu, const pi2_matrix* inner, const
   }
   const pi2_cpu::Product second{outer, nullptr, outer->rows, cpu->scores.data()};
   cpu->multiply(cpu->inner.data(), 1, &second, 1);
-  int64_t count = 0;
-  for (int64_t i = 0; i < outer->rows; ++i) {
-    rows[count] = static_cast<int32_t>(i);
-    above[count] = cpu->scores[i] - bounds[i];
-    count += !(cpu->scores[i] <= bounds[i]);
-  }
-  return count;
+  return exceeding(cpu->scores.data(), bounds, outer->rows, rows, above);
 }

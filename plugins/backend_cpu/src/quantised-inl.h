@@ -80,7 +80,10 @@ struct Quantising {
                                     const Quantised& x, int64_t cols, float* out) {
     const int64_t bytes = cols / kBlock * bytes_of<D>();
     const int64_t distance = kAhead < bytes ? bytes : kAhead;  // a row's scales are wanted with its quants
-    for (int64_t j = 0; j < k; ++j)
+    int64_t j = 0;
+    if constexpr (Dots<D>::kShort > 0)
+      if (cols <= Dots<D>::kShort * kBlock) j = Dots<D>::dot_short(rows, k, x, cols, out);
+    for (; j < k; ++j)
       out[j] = Dots<D>::dot(rows[j], ahead ? ahead[j] : ahead_of<D>(rows, k, j, cols, distance), x, cols);
   }
 

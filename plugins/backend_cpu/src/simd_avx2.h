@@ -141,6 +141,9 @@ struct Avx2 {
     return _mm256_set_m128(v, v);
   }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static void store_lane_sums(F v, float* out) {
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)));
+  }
   static float tree(F v) {  // each lane's sum, then theirs
     v = add(v, _mm256_permute_ps(v, 0xb1));
     v = add(v, _mm256_permute_ps(v, 0x4e));

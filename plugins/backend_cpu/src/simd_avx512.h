@@ -107,6 +107,7 @@ struct Avx512 {
     return _mm_add_ps(_mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)),
                       _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1)));
   }
+  static void store_lane_sums(F v, float* out) { _mm_storeu_ps(out, lanes(v)); }
   static float tree(F v) {  // each lane's sum, then theirs
     v = add(v, _mm512_shuffle_ps(v, v, 0xb1));
     return _mm_cvtss_f32(lanes(add(v, _mm512_shuffle_ps(v, v, 0x4e))));

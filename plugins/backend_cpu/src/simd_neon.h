@@ -90,6 +90,7 @@ struct Neon {
 
   template <bool Q4>
   struct Dots {
+    static constexpr int64_t kShort = 0;  // rows are computed one by one
     static constexpr int kBlockBytes = Q4 ? 18 : 34;
 
     // Memory is asked for as many bytes from `ahead` on.  Even and odd blocks have sums of their own: an

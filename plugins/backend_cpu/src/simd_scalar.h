@@ -87,6 +87,7 @@ struct Scalar {
 
   template <bool Q4>
   struct Dots {
+    static constexpr int64_t kShort = 0;  // rows are computed one by one
     static float dot(const uint8_t* row, const uint8_t*, const Quantised& x, int64_t cols) {
       return Q4 ? dot_q4(row, x, cols) : dot_q8(row, x, cols);
     }
