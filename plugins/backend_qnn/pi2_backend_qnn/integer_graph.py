@@ -4,7 +4,7 @@ What goes into a product is a vector whose 2-norm is at most 1, so that none of 
 none of the result the largest norm of a row of weights: ranges that are known when a graph is made, without
 a text to measure them on, and that nothing can exceed.  Of K numbers that are alike they leave log2(K) / 2
 bits unused, of 16.  The host sees to the norms of tokens (``pi2_backend_qnn.norm_scaling``), the graph itself
-to those of hidden values, cluster by cluster.  Between products numbers are fp16.
+to those of hidden values, by the cluster that has the largest.  Between products numbers are fp16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from onnx import TensorProto, helper
 from pi2.tensor import F32, U8, DType, decode
 
 from pi2_backend_qnn.graph import Graph
-from pi2_backend_qnn.norm_scaling import HIDDEN_MARGIN
 from pi2_backend_qnn.requantise import Part, parts_of
 
 _MOST = 32767
@@ -41,24 +40,22 @@ class IntegerGraph(Graph):
         return self._product(name, x, np.ldexp(decode(data, dtype), -exponent))
 
     def down(self, at: str, h: str, mask: str, data: U8, dtype: DType, exponent: Any) -> str:
-        """As ``Graph.down``, with an exponent for each output, for h / (largest * norm).
-
-        The 2-norm of that is at most 1; both factors come last.
-        """
-        size = self.add("ReduceMax", f"{at}.size", self.add("Abs", f"{at}.abs", h), self.axis(), keepdims=1)
-        largest = self.add("Max", f"{at}.largest", size, self.scalar(2.0**-14))
-        unit = self.add("Div", f"{at}.unit", h, largest)
-        squares = self.add("Mul", f"{at}.squares", unit, unit)
-        root = self.add("Sqrt", f"{at}.root", self._sum(f"{at}.sum", squares, len(data)))
-        norm = self.add("Mul", f"{at}.norm", root, self.scalar(HIDDEN_MARGIN))
-        normed = self.add("Div", f"{at}.normed", unit, norm)
+        """As ``Graph.down``, with an exponent for each output, of ``h`` as ``normed`` has it."""
         weights = np.ldexp(decode(data, dtype), -np.array(exponent, np.int32))
-        y = self._product(f"{at}.y", normed, weights.T)
-        return self.add("Mul", at, self.add("Mul", f"{at}.by_norm", y, norm), largest)
+        y = self._product(f"{at}.product", h, weights.T)
+        return self.add("Mul", at, y, self.add("Sign", f"{at}.one", self.norm))
 
-    def lifted(self, name: str, parts: Sequence[str], power: int, lifts: list[str]) -> list[str]:
-        """As they are: ``down`` sees to their size."""
-        return list(parts)
+    def normed(self, parts: Sequence[str], counts: Sequence[int], lifts: list[str]) -> list[str]:
+        """``parts``, all less than 1, times a power of two that leaves none a 2-norm of more than 1."""
+        sums = [
+            self._sum(f"{part}.sum", self.add("Mul", f"{part}.squares", part, part), count)
+            for part, count in zip(parts, counts, strict=True)
+        ]
+        tops = np.arange(9)
+        ends = np.minimum(np.ldexp(1 - 2.0**-6, 2 * tops), np.finfo(np.float16).max)
+        self.norm = self.chosen("norm", self.largest("norm.size", sums), ends, np.ldexp(1.0, -tops))
+        lifts.append(self.norm)
+        return [self.add("Mul", f"{part}.normed", part, lifts[-1]) for part in parts]
 
     def _product(self, name: str, x: str, weights: F32) -> str:
         """``x`` (1, M, K), of norm 1 at most, times ``weights`` (N, K)."""
@@ -71,7 +68,7 @@ class IntegerGraph(Graph):
         return self.add("Add", name, *products)
 
     def _sum(self, name: str, x: str, count: int) -> str:
-        """Of so many numbers from 0 to 1, and a little more: (1, M, count) -> (1, M, 1).
+        """Of so many numbers from 0 to 1: (1, M, count) -> (1, M, 1), 2**-7 too little at most.
 
         A product of integers, since the bits of ReduceSum can change with M (QAIRT 2.51).
         """

@@ -22,6 +22,7 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +84,8 @@ class FfnScaling:
     bias: int | None
     dots: tuple[_Dots, ...]
     """Of the same factors."""
+    norms: ClassVar[int] = 0
+    """How often hidden values are lifted for the sake of their norms."""
 
     @classmethod
     def of(
@@ -155,13 +158,22 @@ class FfnScaling:
 
     @property
     def lifts(self) -> int:
-        """How many powers of two a graph gives for each token: what it multiplied with, the ReLU's first."""
-        return 2 if self.powers == SQUARED_AND_GATED else 1
+        """How many powers of two a graph gives for each token, which it has multiplied hidden values by.
+
+        The first may be a ReLU's, before it was squared.
+        """
+        return 1 + (self.powers == SQUARED_AND_GATED) + self.norms
+
+    def powers_of(self, e: Exponents, lifts: F32) -> Exponents:
+        """Those of two that results are multiplied by, (n,)."""
+        lifted = np.frexp(lifts.T)[1] - 1
+        squared = lifted[0] if self.powers == SQUARED_AND_GATED else 0
+        found: Exponents = sum(self.powers) * e + self.fixed - lifted.sum(axis=0) - squared
+        return found
 
     def outputs(self, y: F32, e: Exponents, lifts: F32) -> F32:
-        """The true result of (n, d) from a graph, which has ``lifts`` (n, 1 or 2)."""
-        *relu, hidden = np.frexp(lifts.T)[1] - 1
-        return scaled(y, sum(self.powers) * e + self.fixed - hidden - 2 * sum(relu))
+        """The true result of (n, d) from a graph, which has ``lifts`` (n, 1 to 3)."""
+        return scaled(y, self.powers_of(e, lifts))
 
 
 def down_powers(sizes: Sizes) -> tuple[int, int]:

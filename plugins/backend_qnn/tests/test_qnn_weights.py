@@ -108,7 +108,8 @@ def test_nothing_exceeds_fp16_or_the_ranges_of_integers(rng, mode, activation, g
     gate = dots("gate", n.gate, n.gate_bias) if gated else up
     act = gate**2 if activation == "relu2" else gate
     h = act * up if gated else act
-    y = h @ np.abs(n.down.astype(np.float64)) * 2.0 ** -np.array(ffn.exponents["down"])
+    norms = sum(np.linalg.norm(n.down[c : c + 32].astype(np.float64), axis=0) for c in range(0, 70, 32))
+    y = norms * 2.0 ** -np.array(ffn.exponents["down"])
     assert max(each.max() for each in (ones, up, gate, act, h, y)) <= 2**15
 
 
@@ -186,10 +187,14 @@ def test_an_ffn_is_that_of_the_rounded_weights(
 
 @emulated
 @examples(40)
-@given(rng=generators, tokens=st.integers(1, 31), activation=st.sampled_from(("relu", "silu")))
-def test_every_graph_that_has_room_for_a_call_gives_the_same_bits(backend, rng, tokens, activation):
-    """But for those of 128 tokens through SiLU, in which some tokens differ in the last bit (README.md)."""
-    handle = backend.place_ffn(*bundles_of(rng, 4 * CLUSTER, "q4_0", activation))
+@given(
+    rng=generators,
+    tokens=st.integers(1, 33),
+    activation=st.sampled_from(("relu", "relu2", "silu", "gelu_tanh")),
+    gated=st.booleans(),
+)
+def test_every_graph_that_has_room_for_a_call_gives_the_same_bits(backend, rng, tokens, activation, gated):
+    handle = backend.place_ffn(*bundles_of(rng, 4 * CLUSTER, "q4_0", activation, gated))
     x = rng.standard_normal((tokens, D), dtype=np.float32)
     mask = (np.arange(4 * CLUSTER) < CLUSTER).astype(np.float32)
 
@@ -198,10 +203,9 @@ def test_every_graph_that_has_room_for_a_call_gives_the_same_bits(backend, rng, 
         begin(backend._programs, handle, x, mask, clusters * CLUSTER).finish(out)
         return out[:tokens].tobytes()
 
-    many = 34 if activation == "relu" else 32
-    padded = np.concatenate((x, np.zeros((many - tokens, D), np.float32)))
+    padded = np.concatenate((x, rng.standard_normal((34 - tokens, D), dtype=np.float32)))
     assert len({call(each, clusters) for each in (x, padded) for clusters in (1, 4)}) == 1
-    assert {rows for rows, _ in handle.graphs} <= {2, *ROWS} - {1}
+    assert {rows for rows, _ in handle.graphs} <= set(ROWS)
     backend.release(handle)
 
 
