@@ -14,7 +14,9 @@ import pytest
 HERE = Path(__file__).parent
 FILES = {
     name: file
-    for file in (HERE / f"wrong_{what}.py" for what in ("accelerators", "backends", "parts", "streams"))
+    for file in (
+        HERE / f"wrong_{what}.py" for what in ("accelerators", "backends", "parts", "powers", "streams")
+    )
     for name in re.findall(r"^class Test(\w+)", file.read_text(), re.MULTILINE)
 }
 
@@ -32,6 +34,7 @@ CAUGHT_BY = {
     "DecodesASlabOnce": "a_slab_may_change_between_calls",
     "DropsTheBias": "ffn_is_the_sum_over_its_neurons",
     "ForgetsByBeingAsked": "victims_are_always_residents",
+    "ForgetsTheBiasOfAPredictor": "a_low_rank_predictor_names_what_two_products_name",
     "ForgetsTheReluOfUp": "ffn_is_the_sum_over_its_neurons",
     "ForgetsTheResidualConnection": "attention_is_the_block_of_its_formula",
     "ForgetsTheWindow": "attention_is_the_block_of_its_formula",
@@ -50,7 +53,9 @@ CAUGHT_BY = {
     "NamesNeuronsThatAreNotThere": "an_input_beyond_reason_does_no_harm",
     "NamesNoFile": "a_missing_file_is_refused_by_name",
     "NamesNonResidents": "victims_are_always_residents",
+    "NamesNothingThatIsNoNumber": "a_low_rank_predictor_names_what_two_products_name",
     "NamesTooFewVictims": "victims_are_always_residents",
+    "NamesWhatOnlyReachesItsBound": "a_low_rank_predictor_names_what_two_products_name",
     "RaisesInProbe": "its_probe_gives_a_score_and_a_reason_and_repeats_itself",
     "ReadsInOrderOfOffset": "it_reads_what_was_written_in_the_order_asked",
     "ReadsShort": "a_read_past_the_end_is_refused_whole",
@@ -71,7 +76,7 @@ CAUGHT_BY = {
     "WritesBehindTheOutput": "linear_is_the_matrix_product_of_the_exact_weights",
     "WritesBehindTheTokens": "attention_is_the_block_of_its_formula",
 }
-RIGHT = ("Attending", "OneByOne", "Plain", "PlainPredictor", "SlowTwin")
+RIGHT = ("Asked", "Attending", "OneByOne", "Plain", "PlainPredictor", "SlowTwin")
 
 
 @pytest.fixture(scope="module")

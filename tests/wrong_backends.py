@@ -9,7 +9,6 @@ import fail_fast  # noqa: F401  (before the kit makes its settings)
 import numpy as np
 from pi2.activations import hidden
 from pi2.api import Backend
-from pi2.attention import attend
 from pi2.builtin.numpy_backend import NumpyBackend
 from pi2.tensor import Tensor
 from pi2.testing import BackendTests
@@ -188,48 +187,6 @@ class TestClaimsTooCoarseATolerance(BackendTests):
         tolerance = 0.5
 
 
-class AttendingBackend(NumpyBackend):
-    """Right: an attention block in one call, by the formulas of pi2.attention."""
-
-    name = "attending"
-    tolerance = 1e-5
-
-    def place_attention(self, spec):
-        return spec
-
-    def heads(self, spec, x, name, start):
-        bias = getattr(spec, f"{name}_bias")
-        y = x @ getattr(spec, name).to_f32().T + (0 if bias is None else bias)
-        y = y.reshape(len(x), -1, spec.head_dim)
-        norm = None if name == "v" else getattr(spec, f"{name}_norm")
-        y = (y if norm is None else norm(y)).swapaxes(0, 1).astype(np.float32)
-        return spec.rope.rotate(y, start) if spec.rope and name != "v" else y
-
-    def window(self, spec):
-        return spec.window
-
-    def attention(self, spec, x, keys, values, start, out):
-        if not len(x):
-            return
-        y, end = x if spec.norm is None else spec.norm(x), start + len(x)
-        q, keys[:, start:end], values[:, start:end] = (self.heads(spec, y, name, start) for name in "qkv")
-        options = {"scale": spec.scale, "window": self.window(spec), "softcap": spec.softcap}
-        y = attend(q, keys[:, :end], values[:, :end], **options) @ spec.o.to_f32().T
-        y = y if spec.o_bias is None else y + spec.o_bias
-        y = x + (y if spec.post_norm is None else spec.post_norm(y))
-        out[...] = y if spec.sum_norm is None else spec.sum_norm(y)
-
-
-class TestAttending(BackendTests):
-    plugin = AttendingBackend
-
-
-class TestForgetsTheWindow(BackendTests):
-    class plugin(AttendingBackend):  # noqa: N801
-        def window(self, spec):
-            return None
-
-
 class TestDecodesASlabOnce(BackendTests):
     class plugin(PlainBackend):  # noqa: N801
         def place_slab(self, slab, neurons, spec):
@@ -245,27 +202,6 @@ class TestTakesNeuronsForSlots(BackendTests):
     class plugin(PlainBackend):  # noqa: N801
         def slab_ffn(self, slab, neurons, slots, x, out):
             return super().slab_ffn(slab, neurons, np.sort(slots), x, out)
-
-
-class TestStartsEveryCallAtPositionZero(BackendTests):
-    class plugin(AttendingBackend):  # noqa: N801
-        def heads(self, spec, x, name, start):
-            return super().heads(spec, x, name, 0)
-
-
-class TestWritesBehindTheTokens(BackendTests):
-    class plugin(AttendingBackend):  # noqa: N801
-        def attention(self, spec, x, keys, values, start, out):
-            super().attention(spec, x, keys, values, start, out)
-            keys[:, start + len(x)] = 0
-
-
-class TestForgetsTheResidualConnection(BackendTests):
-    class plugin(AttendingBackend):  # noqa: N801
-        def attention(self, spec, x, keys, values, start, out):
-            super().attention(spec, x, keys, values, start, out)
-            if spec.sum_norm is None:
-                out -= x
 
 
 class TestRaisesInProbe(BackendTests):

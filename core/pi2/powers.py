@@ -253,6 +253,20 @@ class SupportsStorageAbi(Protocol):
 
 
 @runtime_checkable
+class SupportsLowRank(Protocol):
+    """Optional power of a backend that asks a low-rank predictor in one call."""
+
+    def low_rank(self, inner: Any, bias: F32, outer: Any, bounds: F32, x: F32) -> tuple[Ids, F32]:
+        """Rows of ``outer @ relu(inner @ x + bias)`` that exceed ``bounds``, ascending, and by how much.
+
+        ``inner`` and ``outer`` are handles of ``place``, (width, d) and (n, width); x (1, d), ``bias``
+        (width,), ``bounds`` (n,).  The bits of two calls of ``linear``; what is not a
+        number exceeds every bound.
+        """
+        ...
+
+
+@runtime_checkable
 class SupportsConfidence(Protocol):
     """Optional power of a predictor that knows which of its answers are sure."""
 

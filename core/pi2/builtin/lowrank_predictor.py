@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pi2.api import Backend, ModelView, Predictor, Probe
 from pi2.container.predictors import PREDICTORS, FfnPredictor, Predictors, model_predictors
 from pi2.errors import OptionError
+from pi2.powers import SupportsLowRank
 from pi2.statistics_file import STATISTICS, Statistics
 from pi2.tensor import F32, Ids
 
@@ -29,6 +30,7 @@ class PlacedPredictor:
             self.bound = self.bound + shift
         """(neurons,): what ``scores`` of a neuron must exceed for it to be named."""
         self._backend, self._bias = backend, layer.fc1_bias
+        self._at_once = backend if isinstance(backend, SupportsLowRank) else None
         self.width, self.nbytes, self._neurons = layer.width, layer.nbytes, layer.fc2.rows
         self._fc1, self._fc2 = backend.place(layer.fc1), backend.place(layer.fc2)
 
@@ -41,6 +43,14 @@ class PlacedPredictor:
         scores = np.empty((len(x), self._neurons), np.float32)
         self._backend.linear(self._fc2, hidden, scores)
         return scores
+
+    def named(self, x: F32) -> tuple[Ids, F32]:
+        """Neurons that one token, x (1, d), makes exceed their bounds, and by how much."""
+        if self._at_once is not None:
+            return self._at_once.low_rank(self._fc1, self._bias, self._fc2, self.bound, x)
+        scores = self.scores(x)[0]
+        named = np.flatnonzero(~(scores <= self.bound)).astype(np.int32)  # what is not a number is named
+        return named, scores[named] - self.bound[named]
 
     def release(self) -> None:
         """Free what the backend holds."""
@@ -112,18 +122,15 @@ class LowRankPredictor(Predictor):
         placed = self._placed.get(ffn)
         if placed is None:
             return None
+        if len(x) == 1:
+            return placed.named(x)[0]
         likely = ~(placed.scores(x) <= placed.bound)  # what is not a number is named
-        union = likely[0] if len(x) == 1 else likely.any(axis=0)
-        return np.flatnonzero(union).astype(np.int32)
+        return np.flatnonzero(likely.any(axis=0)).astype(np.int32)
 
     def rank(self, ffn: int, x: F32) -> tuple[Ids, F32] | None:
         """How far above their thresholds they are (powers.SupportsConfidence)."""
         placed = self._placed.get(ffn)
-        if placed is None:
-            return None
-        above = (placed.scores(x) - placed.bound)[0]
-        named = np.flatnonzero(~(above <= 0)).astype(np.int32)
-        return named, above[named]
+        return None if placed is None else placed.named(x)
 
     def footprint(self, ffn: int) -> tuple[int, int]:
         placed = self._placed.get(ffn)

@@ -16,6 +16,7 @@ from pi2.tensor import F32, Ids, Tensor
 from pi2.testing import reference
 from pi2.testing.asynchronous import AsyncFfnTests
 from pi2.testing.attention import AttentionTests
+from pi2.testing.low_rank import LowRankTests
 from pi2.testing.plugin import examples
 from pi2.testing.slab import SlabTests
 from pi2.testing.strategies import (
@@ -75,7 +76,7 @@ def same_bits(a: F32, b: F32) -> bool:
     return a.tobytes() == b.tobytes()
 
 
-class BackendTests(AsyncFfnTests, AttentionTests, SlabTests, StreamingTests):
+class BackendTests(AsyncFfnTests, AttentionTests, LowRankTests, SlabTests, StreamingTests):
     """Everything that ``pi2.api.Backend`` promises, and its optional powers where they are had.
 
     class TestMine(BackendTests):

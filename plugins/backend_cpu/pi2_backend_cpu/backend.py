@@ -108,6 +108,14 @@ class CpuBackend(Streaming, Backend):
             self._cpu, weight.struct, x.ctypes.data, len(x), row_ids, n_rows, out.ctypes.data
         )
 
+    def low_rank(self, inner: _Placed, bias: F32, outer: _Placed, bounds: F32, x: F32) -> tuple[Ids, F32]:
+        rows, above = np.empty(outer.rows, np.int32), np.empty(outer.rows, np.float32)
+        count = self._lib.pi2_cpu_low_rank(
+            self._cpu, inner.struct, bias.ctypes.data, outer.struct, bounds.ctypes.data, x.ctypes.data,
+            rows.ctypes.data, above.ctypes.data,
+        )  # fmt: skip
+        return rows[:count], above[:count]
+
     def place_ffn(self, bundles: U8, spec: FfnSpec) -> _Placed:
         data = np.ascontiguousarray(bundles)
         return _Placed(native.ffn_of(data, len(data), spec), len(data), data)

@@ -117,6 +117,10 @@ def library() -> ctypes.CDLL | None:
         "pi2_cpu_open": (c_void_p, [c_int32, c_void_p, c_char_p, c_int32]),
         "pi2_cpu_close": (None, [c_void_p]),
         "pi2_cpu_linear": (None, [c_void_p, POINTER(Matrix), *call]),
+        "pi2_cpu_low_rank": (
+            c_int64,
+            [c_void_p, POINTER(Matrix), c_void_p, POINTER(Matrix), c_void_p, c_void_p, c_void_p, c_void_p],
+        ),
         "pi2_cpu_ffn": (c_int64, [c_void_p, POINTER(Ffn), *call]),
         "pi2_cpu_slab_ffn": (c_int64, [c_void_p, POINTER(Ffn), c_void_p, c_int64, *chosen, c_void_p]),
         "pi2_cpu_stream_open": (

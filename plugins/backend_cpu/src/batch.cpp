@@ -34,7 +34,7 @@ void pack(pi2_cpu& cpu, const float* x, int64_t n, int64_t cols, std::initialize
     const int k = static_cast<int>(kind);
     if (packed[k]) continue;
     packed[k] = true;
-    if (kind != Kind::kFloat && !quantised) cpu.quantise(x, n, cols);
+    if (kind != Kind::kFloat && !quantised) cpu.quantise(x, n, cols, cpu.batch);
     quantised |= kind != Kind::kFloat;
     const int64_t bytes = tile_bytes(cpu, kind, cols), tiles = ceil_div(n, pi2::kTokens);
     cpu.tiles[k].resize(tiles * bytes);

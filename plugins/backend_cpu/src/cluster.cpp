@@ -49,7 +49,7 @@ OneToken::OneToken(pi2_cpu& cpu, const pi2_ffn& f, const Candidates& candidates,
 }
 
 void OneToken::prepare() {
-  if (cpu_.integers_for(f_.gate) || cpu_.integers_for(f_.up)) cpu_.quantise(x_, 1, f_.d_model);
+  if (cpu_.integers_for(f_.gate) || cpu_.integers_for(f_.up)) cpu_.quantise(x_, 1, f_.d_model, scratch_.x);
 }
 
 // The rows at `offset` of k candidates times x; of `known` candidates it is known that they come next.
@@ -58,7 +58,7 @@ void OneToken::dot(int32_t dtype, int64_t offset, const int32_t* which, int64_t 
   const uint8_t* rows[2 * kLargest];
   for (int64_t j = 0; j < known; ++j) rows[j] = bundle(which[j]) + offset;
   const Ahead ahead(rows, k, known, row_bytes(dtype, f_.d_model));
-  dot_rows(cpu_, dtype, rows, ahead.rows, k, x_, f_.d_model, sums);
+  dot_rows(cpu_, dtype, rows, ahead.rows, k, x_, scratch_.x, f_.d_model, sums);
 }
 
 int64_t OneToken::gates(const int32_t* which, int64_t k, int64_t known, int32_t* on) {

@@ -27,7 +27,7 @@ class OneToken {
   // x, out (d_model); `f.count` neurons make up the FFN.  `scratch` is this token's until it is computed.
   OneToken(pi2_cpu& cpu, const pi2_ffn& f, const Candidates& candidates, const float* x,
            TokenScratch& scratch);
-  // Before the first neuron is computed: the context is this token's from now on.
+  // Before the first neuron is computed.
   void prepare();
 
   int64_t ranges() const { return ranges_; }

@@ -25,6 +25,7 @@ struct TokenScratch {
   std::vector<float> hidden;    // (k)
   std::vector<float> sums;      // (ranges, d): of the down rows of a range's active neurons
   std::vector<int64_t> active;  // (ranges): how many those are
+  QuantisedBatch x;             // the token itself
 };
 
 struct pi2_cpu {
@@ -43,6 +44,7 @@ struct pi2_cpu {
   std::vector<int32_t> chosen;              // their rows
   std::vector<float> listed, sizes;         // h of many tokens, rearranged for down
   std::vector<uint8_t> places, found;       // where they were, and how many there are
+  std::vector<float> inner, scores;         // of a low-rank predictor
   std::vector<float> normed;                // (n, d)
   std::vector<float> q, k, v;               // (n, heads * head_dim), as the matrices give them
   std::vector<float> mixed;                 // (n, heads * head_dim), what attention makes of the values
@@ -50,7 +52,7 @@ struct pi2_cpu {
   std::vector<std::vector<float>> scratch;  // one a thread
 
   bool integers_for(int32_t dtype) const { return integer && (dtype == PI2_Q8_0 || dtype == PI2_Q4_0); }
-  void quantise(const float* x, int64_t n, int64_t cols);
+  void quantise(const float* x, int64_t n, int64_t cols, QuantisedBatch& into);
   // out[t][j] = sum over c of x[t][c] * w[rows[j]][c] for several matrices of the same width: one job.
   struct Product {
     const pi2_matrix* w;
@@ -71,12 +73,13 @@ inline int64_t row_bytes(int32_t dtype, int64_t cols) {
   }
 }
 
-// k rows of weights times one token (the quantised one is token 0), by integers or floats as the context and
-// the format want.  Memory is asked for the rows `ahead`, or NULL: for what follows.
+// k rows of weights times one token (x, or the first of `quantised`), by integers or floats as the context
+// and the format want.  Memory is asked for the rows `ahead`, or NULL: for what follows.
 inline void dot_rows(const pi2_cpu& cpu, int32_t dtype, const uint8_t* const* rows,
-                     const uint8_t* const* ahead, int64_t k, const float* x, int64_t cols, float* out) {
+                     const uint8_t* const* ahead, int64_t k, const float* x, const QuantisedBatch& quantised,
+                     int64_t cols, float* out) {
   const auto type = static_cast<pi2::DType>(dtype);
   if (cpu.integers_for(dtype))
-    cpu.kernels->dot_rows_quantised(type, rows, ahead, k, cpu.batch.token(0), cols, out);
+    cpu.kernels->dot_rows_quantised(type, rows, ahead, k, quantised.token(0), cols, out);
   else cpu.kernels->dot_rows(type, rows, ahead, k, x, cols, out);
 }

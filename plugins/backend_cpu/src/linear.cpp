@@ -1,18 +1,18 @@
-// Matrix times one token, all rows or some.
+// Matrix times one token, all rows or some; two small ones that name rows of the second.
 #include <algorithm>
 
 #include "context.h"
 
-void pi2_cpu::quantise(const float* x, int64_t n, int64_t cols) {
+void pi2_cpu::quantise(const float* x, int64_t n, int64_t cols, QuantisedBatch& into) {
   const int64_t blocks = cols / pi2::kBlock;
-  batch.cols = cols;
-  batch.quants.resize(n * cols);
-  batch.shuffled.resize(n * cols);
-  batch.scales.resize(n * blocks);
-  batch.offsets.resize(n * blocks);
+  into.cols = cols;
+  into.quants.resize(n * cols);
+  into.shuffled.resize(n * cols);
+  into.scales.resize(n * blocks);
+  into.offsets.resize(n * blocks);
   pool.for_each(n, [&](int64_t t) {
-    kernels->quantise(x + t * cols, cols, batch.quants.data() + t * cols, batch.shuffled.data() + t * cols,
-                      batch.scales.data() + t * blocks, batch.offsets.data() + t * blocks);
+    kernels->quantise(x + t * cols, cols, into.quants.data() + t * cols, into.shuffled.data() + t * cols,
+                      into.scales.data() + t * blocks, into.offsets.data() + t * blocks);
   });
 }
 
@@ -57,7 +57,7 @@ void multiply_rows(const pi2_cpu& cpu, const pi2_cpu::Product& p, const float* x
     const int64_t count = std::min(end - first, kAtOnce);
     for (int64_t j = 0; j < count; ++j)
       rows[j] = w.data + (p.rows ? p.rows[first + j] : first + j) * w.row_bytes;
-    dot_rows(cpu, w.dtype, rows, nullptr, count, x, w.cols, p.out + first);
+    dot_rows(cpu, w.dtype, rows, nullptr, count, x, cpu.batch, w.cols, p.out + first);
   }
 }
 
@@ -71,7 +71,7 @@ void pi2_cpu::multiply(const float* x, int64_t n, const Product* products, int c
     integers |= integers_for(products[i].w->dtype);
     chunks += Chunks(*this, products[i]).count();
   }
-  if (integers) quantise(x, 1, products->w->cols);
+  if (integers) quantise(x, 1, products->w->cols, batch);
   pool.for_each(chunks, [&](int64_t chunk) {
     const Product* p = products;
     for (int64_t here; chunk >= (here = Chunks(*this, *p).count()); ++p) chunk -= here;
@@ -88,4 +88,26 @@ extern "C" void pi2_cpu_linear(pi2_cpu* cpu, const pi2_matrix* w, const float* x
   if (n == 0 || n_rows == 0) return;
   const pi2_cpu::Product product{w, rows, n_rows, out};
   cpu->multiply(x, n, &product, 1);
+}
+
+extern "C" int64_t pi2_cpu_low_rank(pi2_cpu* cpu, const pi2_matrix* inner, const float* bias,
+                                    const pi2_matrix* outer, const float* bounds, const float* x,
+                                    int32_t* rows, float* above) {
+  cpu->inner.resize(inner->rows);
+  cpu->scores.resize(outer->rows);
+  const pi2_cpu::Product first{inner, nullptr, inner->rows, cpu->inner.data()};
+  cpu->multiply(x, 1, &first, 1);
+  for (int64_t j = 0; j < inner->rows; ++j) {
+    const float sum = cpu->inner[j] + bias[j];
+    cpu->inner[j] = sum <= 0 ? 0.0f : sum;
+  }
+  const pi2_cpu::Product second{outer, nullptr, outer->rows, cpu->scores.data()};
+  cpu->multiply(cpu->inner.data(), 1, &second, 1);
+  int64_t count = 0;
+  for (int64_t i = 0; i < outer->rows; ++i) {
+    rows[count] = static_cast<int32_t>(i);
+    above[count] = cpu->scores[i] - bounds[i];
+    count += !(cpu->scores[i] <= bounds[i]);
+  }
+  return count;
 }

@@ -69,6 +69,12 @@ PI2_API const char* pi2_cpu_isa(const pi2_cpu* cpu);
 PI2_API void pi2_cpu_linear(pi2_cpu* cpu, const pi2_matrix* w, const float* x, int64_t n, const int32_t* rows,
                             int64_t n_rows, float* out);
 
+/* Rows of outer * relu(inner * x + bias) that exceed `bounds`, ascending, and by how much
+ * (pi2.powers.SupportsLowRank); rows and above have room for all.  Returns how many they are. */
+PI2_API int64_t pi2_cpu_low_rank(pi2_cpu* cpu, const pi2_matrix* inner, const float* bias,
+                                 const pi2_matrix* outer, const float* bounds, const float* x, int32_t* rows,
+                                 float* above);
+
 /* out[t] = sum over i of h[t][i] * down[rows[i]] (pi2.api.Backend.ffn); x and out (n, d_model).
  * Returns the number of (t, i) with h != 0. */
 PI2_API int64_t pi2_cpu_ffn(pi2_cpu* cpu, const pi2_ffn* ffn, const float* x, int64_t n, const int32_t* rows,

@@ -24,15 +24,19 @@ Pipeline::Pipeline(pi2_stream& stream, const pi2_place& place, const Candidates&
       token_(*stream.cpu, stream.f, candidates_, x, stream.token) {}
 
 void Pipeline::begin() {
-  began_ = idle_since_ = now();
+  began_ = now();
+  token_.prepare();
   plan();
   Lock lock(mutex_);
   if (can_submit()) submit(lock);
+  lock.unlock();
+  started_ =
+      s_.cpu->pool.start([](void* self, int thread,
+                            int64_t) { static_cast<Pipeline*>(self)->work(static_cast<uint8_t>(thread)); },
+                         this);
 }
 
 int32_t Pipeline::finish(float* out, pi2_stream_count* count, pi2_storage_failure* failure) {
-  idle_since_ = now();
-  token_.prepare();
   work_all();
   if (!failed_) count_.active = token_.total(out);
   count_.wall_s = now() - began_;
@@ -42,12 +46,24 @@ int32_t Pipeline::finish(float* out, pi2_stream_count* count, pi2_storage_failur
 }
 
 void Pipeline::abandon() {
-  fail({ECANCELED, -1});
+  {
+    Lock lock(mutex_);
+    fail({ECANCELED, -1});
+    changed_.notify_all();
+  }
   work_all();
 }
 
 void Pipeline::work_all() {
-  s_.cpu->pool.for_each(s_.cpu->pool.size(), [&](int64_t thread) { work(static_cast<uint8_t>(thread)); });
+  {
+    Lock lock(mutex_);
+    all_ = true;
+    idle_since_ = now();
+  }
+  if (started_) s_.cpu->pool.join();
+  else
+    s_.cpu->pool.for_each_on(s_.cpu->pool.size(),
+                             [&](int thread, int64_t) { work(static_cast<uint8_t>(thread)); });
 }
 
 void Pipeline::work(uint8_t thread) {
@@ -79,7 +95,7 @@ void Pipeline::bytes(const Unit& unit, int64_t* first, int64_t* last) const {
 }
 
 void Pipeline::begin_work() {
-  if (working_++ == 0) count_.wait_s += now() - idle_since_;
+  if (working_++ == 0 && all_) count_.wait_s += now() - idle_since_;
 }
 
 void Pipeline::end_work() {
@@ -215,6 +231,7 @@ void Pipeline::poll(Lock& lock, bool may_block) {
     arrived(unit, results[at].code, results[at].failure);
     ++at;
   }
+  if (failed_) cancel();
   scanned_ = now();
   polling_ = false;
   changed_.notify_all();
@@ -224,9 +241,12 @@ void Pipeline::arrived(Unit unit, int32_t code, const pi2_storage_failure& failu
   const Stage stage = unit.kind == Kind::kRest ? kUpDownRead : kGateRead;
   trace(unit, stage, kStorageThread, unit.count, unit.start, now());
   if (unit.kind == Kind::kGuess) {
-    Prefetch& prefetch = s_.prefetches[unit.prefetch];
-    count_.reads += static_cast<int64_t>(prefetch.slots.size());
-    count_.bytes_read += s_.settle(prefetch, code == 0);
+    {
+      std::lock_guard<std::mutex> guard(s_.mutex);
+      Prefetch& prefetch = s_.prefetches[unit.prefetch];
+      count_.reads += static_cast<int64_t>(prefetch.slots.size());
+      count_.bytes_read += s_.settle(prefetch, code == 0);
+    }
     if (code != 0 && !failed_) {  // it was only a guess: now it is wanted
       unit.kind = s_.two_phase ? Kind::kGates : Kind::kWhole;
       waiting_.push_front(unit);
@@ -260,6 +280,10 @@ void Pipeline::fail(const pi2_storage_failure& failure) {
     s_.hangs = true;
     in_flight_.clear();
   }
+  if (!polling_) cancel();  // else some may be over: whoever looks does it afterwards
+}
+
+void Pipeline::cancel() {
   for (const Unit& unit : in_flight_) s_.abi->cancel(s_.abi->self, unit.ticket);
 }
 
@@ -272,26 +296,3 @@ void Pipeline::trace(const Unit& unit, Stage stage, uint8_t thread, int64_t neur
 }
 
 }  // namespace pi2
-
-void pi2_stream::abandon() {
-  if (running == nullptr) return;
-  running->abandon();
-  running.reset();
-}
-
-extern "C" void pi2_cpu_stream_begin(pi2_stream* stream, const pi2_place* place, const int32_t* neurons,
-                                     const int32_t* slots, int64_t k, const float* x) {
-  stream->abandon();
-  if (stream->hangs) return;
-  stream->running = std::make_unique<pi2::Pipeline>(*stream, *place, pi2::Candidates{neurons, slots, k}, x);
-  stream->running->begin();
-}
-
-extern "C" int32_t pi2_cpu_stream_finish(pi2_stream* stream, float* out, pi2_stream_count* count,
-                                         pi2_storage_failure* failure) {
-  *failure = {ETIMEDOUT, -1};  // why nothing was begun
-  if (stream->running == nullptr) return ETIMEDOUT;
-  const int32_t code = stream->running->finish(out, count, failure);
-  stream->running.reset();
-  return code;
-}

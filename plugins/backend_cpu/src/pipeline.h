@@ -1,6 +1,6 @@
 // One token's FFN while its missing neurons are being read (PowerInfer-2 §4.3): whatever is there is computed
 // by whoever is free, with no barrier between matrices or clusters.  Once the reads have begun, the caller
-// may do something else before it comes back for the result.
+// may do something else before it comes back for the result; the other threads compute meanwhile.
 #pragma once
 #include <condition_variable>
 #include <deque>
@@ -43,7 +43,7 @@ class Pipeline {
   void plan();
   void plan_range(int64_t range);
   void add_clusters(int64_t range, const std::vector<int32_t>& missing);
-  void add_guesses(int64_t range, std::vector<int32_t> loading);
+  void add_guesses(int64_t range, std::vector<int32_t>& loading);
   Unit append(Kind kind, int64_t range, const int32_t* which, int64_t count);
 
   void work_all();
@@ -59,6 +59,7 @@ class Pipeline {
   void poll(Lock& lock, bool may_block);
   void arrived(Unit unit, int32_t code, const pi2_storage_failure& failure);
   void fail(const pi2_storage_failure& failure);
+  void cancel();
   void begin_work();
   void end_work();
   void trace(const Unit& unit, Stage stage, uint8_t thread, int64_t neurons, double start, double end);
@@ -81,7 +82,8 @@ class Pipeline {
   std::deque<Unit> ready_, residents_, downs_;
   bool submitting_ = false, polling_ = false, failed_ = false;
   pi2_storage_failure failure_{0, -1};
-  int working_ = 0;  // threads that are not waiting
+  int working_ = 0;                     // threads that are not waiting
+  bool started_ = false, all_ = false;  // other threads have begun; the caller has come back
   double began_ = 0, idle_since_ = 0, scanned_ = 0;
   pi2_stream_count count_{};
 };

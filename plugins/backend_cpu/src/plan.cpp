@@ -16,7 +16,8 @@ void Pipeline::plan_range(int64_t range) {
   remaining_[range] = last - first;
   if (first == last) return token_.downs(range);
   ++left_;
-  std::vector<int32_t> resident, loading, missing;
+  auto& [resident, loading, missing] = s_.sorted;
+  for (auto& some : s_.sorted) some.clear();
   for (auto i = static_cast<int32_t>(first); i < last; ++i) {
     const uint8_t is = state(i);
     count_.present += is == kPresent;
@@ -28,7 +29,7 @@ void Pipeline::plan_range(int64_t range) {
   if (!resident.empty())
     residents_.push_back(
         append(Kind::kResident, range, resident.data(), static_cast<int64_t>(resident.size())));
-  add_guesses(range, std::move(loading));
+  add_guesses(range, loading);
   add_clusters(range, missing);
 }
 
@@ -51,7 +52,7 @@ void Pipeline::add_clusters(int64_t range, const std::vector<int32_t>& missing) 
 }
 
 // One unit a ticket, which can be waited for only once.
-void Pipeline::add_guesses(int64_t range, std::vector<int32_t> loading) {
+void Pipeline::add_guesses(int64_t range, std::vector<int32_t>& loading) {
   const auto prefetch = [&](int32_t i) { return s_.prefetch_of[slot(i)]; };
   std::stable_sort(loading.begin(), loading.end(),
                    [&](int32_t a, int32_t b) { return prefetch(a) < prefetch(b); });

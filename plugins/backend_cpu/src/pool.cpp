@@ -74,15 +74,22 @@ Pool::~Pool() {
 }
 
 void Pool::run(Task task, void* context, int64_t chunks) {
-  if (workers_.empty() || chunks < 2) {
+  if (workers_.empty() || started_ || chunks < 2) {
     for (int64_t i = 0; i < chunks; ++i) task(context, 0, i);
     return;
   }
-  const Pinned here(caller_);
-  share(task, context, chunks);
+  publish(task, context, chunks);
+  join();
 }
 
-void Pool::share(Task task, void* context, int64_t chunks) {
+bool Pool::start(Task task, void* context) {
+  if (workers_.empty() || started_) return false;
+  publish(task, context, size());
+  started_ = true;
+  return true;
+}
+
+void Pool::publish(Task task, void* context, int64_t chunks) {
   const uint32_t job = job_.load(std::memory_order_relaxed) + 1;
   next_.store(uint64_t{job} << 32 | kNone);  // before chunks_ grows: a late worker may still look at both
   task_.store(task, std::memory_order_relaxed);
@@ -95,12 +102,18 @@ void Pool::share(Task task, void* context, int64_t chunks) {
     std::lock_guard<std::mutex> lock(mutex_);
     wake_.notify_all();
   }
-  work(job, 0);
+}
+
+void Pool::join() {
+  const Pinned here(caller_);
+  work(job_.load(std::memory_order_relaxed), 0);
   // For chunks, not for workers: one that a busy machine has not let run yet holds nobody up.
+  const int64_t chunks = chunks_.load(std::memory_order_relaxed);
   for (int spins = 0; done_.load(std::memory_order_acquire) != chunks; ++spins) {
     if (spins < kSpinsBeforeYield) pause();
     else std::this_thread::yield();
   }
+  started_ = false;
 }
 
 void Pool::work(uint32_t job, int thread) {

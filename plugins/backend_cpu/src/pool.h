@@ -25,6 +25,12 @@ class Pool {
   using Task = void (*)(void* context, int thread, int64_t chunk);
   void run(Task task, void* context, int64_t chunks);
 
+  // Lets the other threads begin with that, a chunk for each of `size`, and returns; false if there are none
+  // or they have begun with something else.  Until `join`, the caller does what it runs alone.
+  bool start(Task task, void* context);
+  // The caller takes part in what was started; returns when it is done.
+  void join();
+
   template <class Body>
   void for_each(int64_t chunks, Body&& body) {
     run([](void* b, int, int64_t i) { (*static_cast<Body*>(b))(i); }, &body, chunks);
@@ -38,10 +44,11 @@ class Pool {
 
  private:
   void work(uint32_t job, int thread);
-  void share(Task task, void* context, int64_t chunks);
+  void publish(Task task, void* context, int64_t chunks);
   void loop(int thread, int cpu);
 
-  int caller_ = -1;  // the core of the calling thread
+  int caller_ = -1;       // the core of the calling thread
+  bool started_ = false;  // the caller's: between `start` and `join`
   // Of the present job.  Whoever has claimed a chunk of it may read them: it is not over before that is done.
   std::atomic<Task> task_{nullptr};
   std::atomic<void*> context_{nullptr};

@@ -48,27 +48,39 @@ int64_t pi2_stream::settle(pi2::Prefetch& prefetch, bool read) {
   return read ? k * f.stride : 0;
 }
 
+void pi2_stream::abandon() {
+  if (running == nullptr) return;
+  running->abandon();
+  running.reset();
+}
+
 extern "C" pi2_stream* pi2_cpu_stream_open(pi2_cpu* cpu, const pi2_ffn* slab, uint8_t* states, int64_t slots,
                                            const pi2_storage_abi* abi, int64_t page, int32_t two_phase,
                                            int64_t cluster, int32_t trace, int32_t overlap, int32_t bundled) {
   if (abi->version != PI2_STORAGE_ABI_VERSION || abi->size < sizeof(pi2_storage_abi)) return nullptr;
   const int64_t split = split_of(*slab, page);
-  return new pi2_stream{cpu,
-                        *slab,
-                        states,
-                        slots,
-                        abi,
-                        split,
-                        cluster,
-                        two_phase != 0 && split != 0,
-                        trace != 0,
-                        overlap != 0,
-                        bundled != 0,
-                        {},
-                        std::vector<int32_t>(static_cast<size_t>(slots)),
-                        {},
-                        {},
-                        nullptr};
+  auto* stream = new pi2_stream{cpu,        *slab,        states,      slots,
+                                abi,        split,        cluster,     two_phase != 0 && split != 0,
+                                trace != 0, overlap != 0, bundled != 0};
+  stream->prefetch_of.resize(static_cast<size_t>(slots));
+  return stream;
+}
+
+extern "C" void pi2_cpu_stream_begin(pi2_stream* stream, const pi2_place* place, const int32_t* neurons,
+                                     const int32_t* slots, int64_t k, const float* x) {
+  stream->abandon();
+  if (stream->hangs) return;
+  stream->running = std::make_unique<pi2::Pipeline>(*stream, *place, pi2::Candidates{neurons, slots, k}, x);
+  stream->running->begin();
+}
+
+extern "C" int32_t pi2_cpu_stream_finish(pi2_stream* stream, float* out, pi2_stream_count* count,
+                                         pi2_storage_failure* failure) {
+  *failure = {ETIMEDOUT, -1};  // why nothing was begun
+  if (stream->running == nullptr) return ETIMEDOUT;
+  const int32_t code = stream->running->finish(out, count, failure);
+  stream->running.reset();
+  return code;
 }
 
 extern "C" int32_t pi2_cpu_stream_prefetch(pi2_stream* s, const pi2_place* place, const int32_t* neurons,
@@ -82,6 +94,7 @@ extern "C" int32_t pi2_cpu_stream_prefetch(pi2_stream* s, const pi2_place* place
     const int64_t ticket = s->submit(*place, neurons + first, slots + first, last - first, 0, s->f.stride,
                                      PI2_STORAGE_PREFETCH | (last < k ? PI2_STORAGE_MORE : 0), failure);
     if (ticket == 0) return failure->code;
+    std::lock_guard<std::mutex> guard(s->mutex);
     auto free = std::find_if(s->prefetches.begin(), s->prefetches.end(), spent);
     if (free == s->prefetches.end()) free = s->prefetches.insert(free, pi2::Prefetch{});
     *free = {ticket, {slots + first, slots + last}};
@@ -112,7 +125,8 @@ extern "C" int64_t pi2_cpu_stream_settle(pi2_stream* s, const int32_t* slots, in
       }
       const int32_t code =
           s->hangs ? ETIMEDOUT : s->abi->wait(s->abi->self, prefetch.ticket, kForEver, &failure);
-      s->hangs |= code == ETIMEDOUT;
+      if (code == ETIMEDOUT) s->hangs = true;
+      std::lock_guard<std::mutex> guard(s->mutex);
       bytes += s->settle(prefetch, code == 0);
     }
   }

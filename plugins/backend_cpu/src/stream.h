@@ -1,7 +1,9 @@
 // Neurons that stream in from flash: what outlives a call (stream.cpp), and one call (pipeline.cpp).
 #pragma once
+#include <atomic>
 #include <chrono>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "cluster.h"
@@ -35,14 +37,16 @@ struct pi2_stream {
   int64_t split;  // bytes of a bundle that are read first, whole pages with the gate in them; 0: never apart
   int64_t cluster;  // neurons
   bool two_phase, trace;
-  bool overlap;  // compute while others are being read
-  bool bundled;  // a neuron is one read; else a read a row, one matrix after the other
-  std::vector<pi2::Prefetch> prefetches;
-  std::vector<int32_t> prefetch_of;  // (slots): while LOADING, a place in prefetches
-  std::vector<pi2_span> spans;
-  TokenScratch token;
-  std::unique_ptr<pi2::Pipeline> running;  // the call that was begun
-  bool hangs = false;  // the device has not answered in time and may yet write anywhere: no more calls
+  bool overlap;        // compute while others are being read
+  bool bundled;        // a neuron is one read; else a read a row, one matrix after the other
+  std::mutex mutex{};  // of the next two: a call computes while others prefetch and settle
+  std::vector<pi2::Prefetch> prefetches{};
+  std::vector<int32_t> prefetch_of{};  // (slots): while LOADING, a place in prefetches
+  std::vector<pi2_span> spans{};
+  std::vector<int32_t> sorted[3]{};  // scratch: candidates of a range, by what is to be done
+  TokenScratch token{};
+  std::unique_ptr<pi2::Pipeline> running{};  // the call that was begun
+  std::atomic<bool> hangs{false};  // the device has not answered in time and may yet write anywhere: no calls
 
   // Bytes [first, last) of a bundle that hold its rows of matrix `part` (gate, up, down): all of it together.
   void rows(int part, int64_t* first, int64_t* last) const;

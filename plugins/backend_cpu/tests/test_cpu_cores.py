@@ -1,6 +1,7 @@
 """Threads on the cores that they were asked to run on."""
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,10 @@ def test_every_thread_runs_on_its_core_and_the_caller_is_free_again():
     backend = CpuBackend.open({"cpus": f"{CORES[1]}+{CORES[0]}"})
     weight = backend.place(Tensor.from_f32(np.ones((4096, 64), np.float32)))
     out = np.empty((1, 4096), np.float32)
-    for _ in range(20):
+    pinned, end = set(), time.monotonic() + 60
+    while pinned != {FIRST} and time.monotonic() < end:  # a new thread may have to wait for its turn
         backend.linear(weight, np.ones((1, 64), np.float32), out)
-    pinned = {cores for thread, cores in affinities().items() if thread not in older}
+        pinned = {cores for thread, cores in affinities().items() if thread not in older}
     assert pinned == {FIRST}
     assert os.sched_getaffinity(0) == free
     assert backend.describe().endswith(f"2 threads, int8, on cores {CORES[1]}+{CORES[0]}")

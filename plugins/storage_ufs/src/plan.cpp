@@ -33,11 +33,21 @@ void complete(const File& file, Operation& op) {
 
 void FreeAligned::operator()(uint8_t* p) const { std::free(p); }
 
-std::vector<std::unique_ptr<Operation>> plan(const File& file, std::vector<pi2_storage_read> reads,
-                                             int64_t merge) {
+Op renewed(Op op) {
+  Operation fresh;
+  fresh.pieces.swap(op->pieces);
+  fresh.pieces.clear();
+  fresh.targets.swap(op->targets);
+  *op = std::move(fresh);
+  return op;
+}
+
+std::vector<Op> plan(const File& file, std::vector<pi2_storage_read> reads, int64_t merge,
+                     std::vector<Op> spares) {
   std::stable_sort(reads.begin(), reads.end(),
                    [](const auto& a, const auto& b) { return a.offset < b.offset; });
-  std::vector<std::unique_ptr<Operation>> ops;
+  std::vector<Op> ops;
+  ops.reserve(reads.size());
   Operation* open = nullptr;
   for (pi2_storage_read rest : reads) {
     while (rest.nbytes > 0) {
@@ -46,7 +56,9 @@ std::vector<std::unique_ptr<Operation>> plan(const File& file, std::vector<pi2_s
       const bool joins = open != nullptr && begin >= open->offset && begin <= open->offset + open->length &&
                          rest.offset < open->offset + merge;
       if (!joins) {
-        ops.push_back(std::make_unique<Operation>());
+        if (spares.empty()) spares.push_back(std::make_unique<Operation>());
+        ops.push_back(std::move(spares.back()));
+        spares.pop_back();
         open = ops.back().get();
         open->offset = begin;
       }

@@ -50,9 +50,14 @@ struct Operation {
   int64_t wanted_at() const;
 };
 
+using Op = std::unique_ptr<Operation>;
+
+// As if it were new, but for the memory of its lists.
+Op renewed(Op op);
+
 // Widens to blocks, joins what touches or overlaps up to `merge` bytes, cuts what is longer.  Empty ranges
-// vanish.  `reads` lie inside of the file.
-std::vector<std::unique_ptr<Operation>> plan(const File& file, std::vector<pi2_storage_read> reads,
-                                             int64_t merge);
+// vanish.  `reads` lie inside of the file.  Operations come from `spares` as long as there are some.
+std::vector<Op> plan(const File& file, std::vector<pi2_storage_read> reads, int64_t merge,
+                     std::vector<Op> spares);
 
 }  // namespace pi2

@@ -3,8 +3,14 @@
 #include <errno.h>
 
 #include <algorithm>
+#include <iterator>
 
 namespace pi2 {
+namespace {
+
+constexpr std::size_t kSpares = 256;  // more than are ever in flight
+
+}  // namespace
 
 Queue::Queue(const pi2_ufs_model* model, int queues, double deadline) : deadline_(deadline) {
   if (model != nullptr) device_ = std::make_unique<pi2_ufs_device>(*model, queues);
@@ -28,6 +34,14 @@ int64_t Queue::add(std::vector<Op> ops, int32_t priority) {
     work_.notify_one();
   }
   return id;
+}
+
+std::vector<Op> Queue::spares(std::size_t most) {
+  std::lock_guard lock(mutex_);
+  const auto first = spares_.end() - static_cast<std::ptrdiff_t>(std::min(most, spares_.size()));
+  std::vector<Op> taken(std::make_move_iterator(first), std::make_move_iterator(spares_.end()));
+  spares_.erase(first, spares_.end());
+  return taken;
 }
 
 int32_t Queue::wait(int64_t id, double seconds, pi2_storage_failure* failure) {
@@ -103,6 +117,7 @@ void Queue::finish(Op op, int32_t code) {
   settle(*op, code);
   if (code != 0) drop(op->ticket.get());
   if (op->ticket->left == 0) done_.notify_all();  // nobody waits for less than all of it
+  if (spares_.size() < kSpares) spares_.push_back(renewed(std::move(op)));
 }
 
 // The lowest offset tells of the failure; being cancelled tells least.

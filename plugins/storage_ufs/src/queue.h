@@ -14,14 +14,13 @@
 
 namespace pi2 {
 
-using Op = std::unique_ptr<Operation>;
-
 class Queue {
  public:
   Queue(const pi2_ufs_model* model, int queues, double deadline);
 
   // For those who want something read.
   int64_t add(std::vector<Op> ops, int32_t priority);
+  std::vector<Op> spares(std::size_t most);  // operations that are over, to be used again
   int32_t wait(int64_t ticket, double seconds, pi2_storage_failure* failure);
   void cancel(int64_t ticket);
 
@@ -48,6 +47,7 @@ class Queue {
   std::map<int32_t, std::deque<Op>> waiting_;
   std::map<int32_t, int64_t> flying_;  // by priority: how many have left `waiting_` and are not over
   std::unordered_map<int64_t, std::shared_ptr<Ticket>> tickets_;
+  std::vector<Op> spares_;
   int64_t last_ticket_ = 0;
   bool stopped_ = false;
   int32_t broken_ = 0;

@@ -25,6 +25,7 @@ namespace {
 constexpr int64_t kSlot = 16 * 1024;  // bytes of a registered buffer
 constexpr int kFiles = 64;            // registered files; those beyond are read by descriptor
 constexpr int kShare = 8;      // of what is in flight, one part is waited for while there is more to send
+constexpr int kStart = 8;      // reads after which an idle device begins, while the others are being sent
 constexpr uint64_t kWake = 0;  // user_data of the poll on the event; operations have their address
 
 int setup(unsigned entries, io_uring_params* p) {
@@ -72,6 +73,7 @@ class Ring {
   Ring& operator=(const Ring&) = delete;
 
   int error() const { return error_; }
+  unsigned unsent() const { return unsent_; }
   int entries = 0;
 
   // There is always room: no more than `entries` are in flight.
@@ -244,6 +246,7 @@ void Uring::serve() {
       Op op = queue_.next();
       if (!op) break;
       issue(std::move(op));
+      if (flying_ == kStart && ring_.unsent() >= kStart) ring_.enter(0);  // again below: that tells of errors
     }
     if (flying_ == 0 && queue_.stopped()) return;
     const bool more = flying_ == depth_;

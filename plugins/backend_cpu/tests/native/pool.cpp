@@ -80,6 +80,28 @@ void exactly_once(int64_t jobs) {
   }
 }
 
+// A job that the others begin with while the caller runs jobs of its own: each chunk of both is done once.
+void started(int64_t jobs) {
+  Random r{std::mt19937(4)};
+  for (const int threads : {1, 4}) {
+    pi2::Pool pool(threads, nullptr);
+    for (int64_t job = 0; job < jobs; ++job) {
+      std::atomic<int64_t> begun{0}, alone{0};
+      const bool others = pool.start(
+          [](void* count, int, int64_t) {
+            static_cast<std::atomic<int64_t>*>(count)->fetch_add(1, std::memory_order_relaxed);
+          },
+          &begun);
+      if (others != (threads > 1)) fail("nobody, or somebody who is not there, has begun");
+      const int64_t chunks = r.below(5);
+      pool.for_each(chunks, [&](int64_t) { ++alone; });
+      if (others && pool.start(nullptr, nullptr)) fail("two jobs were started at once");
+      if (others) pool.join();
+      if (alone != chunks || begun != (others ? threads : 0)) fail("a started job was not done once");
+    }
+  }
+}
+
 }  // namespace
 
 // Two callers, each with contexts of its own: the library shares nothing between them but constants.
@@ -88,5 +110,6 @@ void stress_pool(int64_t rounds) {
   pool_rounds(2, rounds);
   other.join();
   exactly_once(400 * rounds);
+  started(400 * rounds);
   std::printf("pool: %lld contexts opened and closed\n", static_cast<long long>(2 * rounds));
 }

@@ -131,7 +131,8 @@ std::vector<uint8_t> some_bundles(Random& r, const pi2_ffn& f) {
   return bundles;
 }
 
-// What a caller may do before it finishes a call: compute with the context, prefetch into the slot `spare`.
+// What a caller may do before it finishes a call: compute with the context, prefetch into the slot `spare`
+// and settle that.
 void do_meanwhile(Random& r, pi2_cpu* cpu, const pi2_ffn& full, pi2_stream* stream, const uint8_t* states,
                   int32_t spare) {
   std::vector<float> x(static_cast<size_t>(full.d_model), 1.0f), out(x.size());
@@ -141,6 +142,7 @@ void do_meanwhile(Random& r, pi2_cpu* cpu, const pi2_ffn& full, pi2_stream* stre
   const auto neuron = static_cast<int32_t>(r.below(full.count));
   pi2_storage_failure failure;
   pi2_cpu_stream_prefetch(stream, &place, &neuron, &spare, 1, &failure);
+  if (r.one_in(2)) pi2_cpu_stream_settle(stream, &spare, 1, r.one_in(2));
 }
 
 void stream_case(Random& r, pi2_cpu* cpu) {
