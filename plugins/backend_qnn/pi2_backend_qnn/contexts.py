@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pi2_backend_qnn.programs import Programs
 
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 _AGAIN = "compile again: pi2 compile"
 
 Show = Callable[[str, int, int], None]

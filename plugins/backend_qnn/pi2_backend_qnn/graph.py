@@ -129,11 +129,15 @@ class Graph:
 
     def chosen(self, name: str, size: str, ends: NDArray[Any], factors: NDArray[Any]) -> str:
         """For each ``size`` (1, M, 1) the largest of the ``factors`` whose end is above it."""
-        above = self.constant(f"{name}.ends", ends[None, None].astype(np.float32))
         values = self.constant(f"{name}.factors", factors[None, None].astype(np.float32))
-        gap = self.add("Relu", f"{name}.gap", self.add("Sub", f"{name}.left", above, size))
-        fitting = self.add("Mul", f"{name}.fitting", self.add("Sign", f"{name}.below", gap), values)
+        fitting = self.add("Mul", f"{name}.fitting", self.below(name, size, ends), values)
         return self.largest(f"{name}.factor", [fitting])
+
+    def below(self, name: str, size: str, ends: NDArray[Any]) -> str:
+        """1 for each of the ``ends`` (k,) that ``size`` (1, M, 1) is below, else 0: (1, M, k)."""
+        above = self.constant(f"{name}.ends", ends[None, None].astype(np.float32))
+        gap = self.add("Relu", f"{name}.gap", self.add("Sub", f"{name}.left", above, size))
+        return self.add("Sign", f"{name}.below", gap)
 
     def largest(self, name: str, parts: Sequence[str]) -> str:
         """Of all ``parts`` (1, M, n): (1, M, 1)."""
@@ -143,10 +147,6 @@ class Graph:
         for number, each in enumerate(more, 1):
             found = self.add("Max", f"{name}{number}", found, each)
         return found
-
-    def normed(self, parts: Sequence[str], counts: Sequence[int], lifts: list[str]) -> list[str]:
-        """``parts`` (1, M, n), n being ``counts``, as ``down`` wants them."""
-        return list(parts)
 
     def model(self, outputs: Mapping[str, Sequence[int]]) -> bytes:
         results = [
@@ -178,7 +178,7 @@ def ffn_graph(g: Graph, bundles: U8, spec: FfnSpec, cluster: int, exponents: Map
     ``exponents``: of gate, up and down.  Inputs and outputs are scaled as ``pi2_backend_qnn.scaling`` says:
     "true" (1, M, 1) is what makes a gate of it that the activation function can be asked for, "ones"
     (1, M, 1) is 1 under the same scale, for biases.  The last output is what hidden values were
-    multiplied with, (1, M, 1 to 3).
+    multiplied with, (1, M, 1 or 2).
     """
     rows = g.rows
     x = g.input("x", 1, rows, spec.geometry.d_model)
@@ -197,7 +197,6 @@ def ffn_graph(g: Graph, bundles: U8, spec: FfnSpec, cluster: int, exponents: Map
         factors = [(first, up) for first, (_, up) in zip(firsts, factors, strict=True)]
     hidden = [c.hidden(*each) for c, each in zip(clusters, factors, strict=True)]
     hidden = g.lifted("hidden", hidden, exponents["hidden"], lifts)
-    hidden = g.normed(hidden, [c.n for c in clusters], lifts)
     y, *sums = [c.down(h) for c, h in zip(clusters, hidden, strict=True)]
     for number, each in enumerate(sums, 1):
         y = g.add("Add", f"sum{number}", y, each)

@@ -4,12 +4,12 @@ What goes into a product is a vector whose 2-norm is at most 1, so that none of 
 none of the result the largest norm of a row of weights: ranges that are known when a graph is made, without
 a text to measure them on, and that nothing can exceed.  Of K numbers that are alike they leave log2(K) / 2
 bits unused, of 16.  The host sees to the norms of tokens (``pi2_backend_qnn.norm_scaling``), the graph itself
-to those of hidden values, by the cluster that has the largest.  Between products numbers are fp16.
+to those of hidden values, cluster by cluster.  Between products numbers are fp16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,12 @@ from pi2.tensor import F32, U8, DType, decode
 
 from pi2_backend_qnn.graph import Graph
 from pi2_backend_qnn.requantise import Part, parts_of
+from pi2_backend_qnn.scaling import MOST
 
 _MOST = 32767
 """Steps from 0 to the end of a range, either way."""
+_DROPPED = 0.009
+"""More than what QNN drops of a sum of numbers up to 1: 8 bits of a sum of integers (QAIRT 2.51)."""
 _ROUNDED = 1 + 2**-12  # more than what float32 loses
 
 
@@ -40,22 +43,40 @@ class IntegerGraph(Graph):
         return self._product(name, x, np.ldexp(decode(data, dtype), -exponent))
 
     def down(self, at: str, h: str, mask: str, data: U8, dtype: DType, exponent: Any) -> str:
-        """As ``Graph.down``, with an exponent for each output, of ``h`` as ``normed`` has it."""
-        weights = np.ldexp(decode(data, dtype), -np.array(exponent, np.int32))
-        y = self._product(f"{at}.product", h, weights.T)
-        return self.add("Mul", at, y, self.add("Sign", f"{at}.one", self.norm))
+        """As ``Graph.down``, with an exponent for each output.
 
-    def normed(self, parts: Sequence[str], counts: Sequence[int], lifts: list[str]) -> list[str]:
-        """``parts``, all less than 1, times a power of two that leaves none a 2-norm of more than 1."""
-        sums = [
-            self._sum(f"{part}.sum", self.add("Mul", f"{part}.squares", part, part), count)
-            for part, count in zip(parts, counts, strict=True)
-        ]
-        tops = np.arange(9)
-        ends = np.minimum(np.ldexp(1 - 2.0**-6, 2 * tops), np.finfo(np.float16).max)
-        self.norm = self.chosen("norm", self.largest("norm.size", sums), ends, np.ldexp(1.0, -tops))
-        lifts.append(self.norm)
-        return [self.add("Mul", f"{part}.normed", part, lifts[-1]) for part in parts]
+        Of ``h``, whose numbers are less than 1, it takes two factors out that come last: a power of two that
+        leaves the largest at least half, if 2**MOST can, and then one that leaves a 2-norm of at most 1.
+        """
+        tops = np.arange(0.0, -MOST - 1, -1)[::-1]
+        size = self.largest(f"{at}.largest", [self.add("Abs", f"{at}.abs", h)])
+        unit, largest = self._taken_out(f"{at}.unit", h, size, np.exp2(tops), np.exp2(tops))
+        squares = self.add("Mul", f"{at}.squares", unit, unit)
+        wholes = np.exp2(np.arange(-2, math.log2(len(data)) + 0.5, 0.25))  # squares of norms
+        size = self._sum(f"{at}.sum", squares, len(data))
+        normed, norm = self._taken_out(
+            f"{at}.normed", unit, size, wholes * (1 - 2**-9) - _DROPPED, wholes**0.5
+        )
+        weights = np.ldexp(decode(data, dtype), -np.array(exponent, np.int32))
+        y = self._product(f"{at}.y", normed, weights.T)
+        return self.add("Mul", at, self.add("Mul", f"{at}.by_norm", y, norm), largest)
+
+    def _taken_out(
+        self, name: str, x: str, size: str, ends: NDArray[Any], values: NDArray[Any]
+    ) -> tuple[str, str]:
+        """``x`` (1, M, n) divided by, and, (1, M, 1), that one of the ``values`` whose end, of the ascending
+        ``ends``, is the next above ``size`` (1, M, 1).  No quotient: its bits can change with M (QAIRT 2.51).
+        """
+        ends, values = np.append(0, ends), np.append(values, values[-1])  # 0 is never above
+        below = self.below(name, size, ends)
+        inverse = self.constant(
+            f"{name}.inverses", np.append(1, 1 / values[:-1])[None, None].astype(np.float32)
+        )
+        inverse = self.largest(f"{name}.inverse", [self.add("Mul", f"{name}.fitting", below, inverse)])
+        value = self.constant(f"{name}.values", values[None, None].astype(np.float32))
+        passed = self.add("Sub", f"{name}.passed", self.scalar(1.0), below)
+        value = self.largest(f"{name}.value", [self.add("Mul", f"{name}.reached", passed, value)])
+        return self.add("Mul", name, x, inverse), value
 
     def _product(self, name: str, x: str, weights: F32) -> str:
         """``x`` (1, M, K), of norm 1 at most, times ``weights`` (N, K)."""
@@ -68,7 +89,7 @@ class IntegerGraph(Graph):
         return self.add("Add", name, *products)
 
     def _sum(self, name: str, x: str, count: int) -> str:
-        """Of so many numbers from 0 to 1: (1, M, count) -> (1, M, 1), 2**-7 too little at most.
+        """Of so many numbers from 0 to 1: (1, M, count) -> (1, M, 1), at most _DROPPED too little.
 
         A product of integers, since the bits of ReduceSum can change with M (QAIRT 2.51).
         """

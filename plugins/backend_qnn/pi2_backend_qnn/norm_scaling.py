@@ -7,9 +7,10 @@ room below as there is: nothing can exceed 2**15, whatever the token is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from pi2.api import FfnSpec
@@ -51,8 +52,8 @@ class Powers:
         """For the neurons (k, stride), in clusters of so many.
 
         A dot product and its bias are at most half of 2**b each, b powers of two for each factor of a hidden
-        value, and these at most 2**15; all clusters' results of ``down`` together, of hidden values that have
-        a norm of 1, are 2**15 at most, too.  Raises GraphRefused.
+        value, and these at most 2**15; all clusters' results of ``down`` together, of hidden values up to 1,
+        are 2**15 at most, too.  Raises GraphRefused.
         """
         half = _dots_power(spec) - 1
         dots = {
@@ -65,7 +66,7 @@ class Powers:
             down = spec.geometry.unpack_segment(bundles[first : first + cluster], "down")
             with np.errstate(over="ignore"):  # then they are refused
                 norms += np.linalg.norm(down, axis=0)
-        return cls(dots, _powers(norms) + np.int32(_GROWN - MOST))
+        return cls(dots, _powers(norms) + np.int32(_GROWN - MOST + math.ceil(0.5 * math.log2(cluster))))
 
     @property
     def all(self) -> dict[str, Any]:
@@ -95,7 +96,6 @@ def _dots_power(spec: FfnSpec) -> int:
 class NormScaling(FfnScaling):
     """``outputs_of``: powers of two for each output beside the others, (d,)."""
 
-    norms: ClassVar[int] = 1
     outputs_of: Exponents
 
     @classmethod

@@ -22,7 +22,6 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,8 +83,6 @@ class FfnScaling:
     bias: int | None
     dots: tuple[_Dots, ...]
     """Of the same factors."""
-    norms: ClassVar[int] = 0
-    """How often hidden values are lifted for the sake of their norms."""
 
     @classmethod
     def of(
@@ -162,7 +159,7 @@ class FfnScaling:
 
         The first may be a ReLU's, before it was squared.
         """
-        return 1 + (self.powers == SQUARED_AND_GATED) + self.norms
+        return 1 + (self.powers == SQUARED_AND_GATED)
 
     def powers_of(self, e: Exponents, lifts: F32) -> Exponents:
         """Those of two that results are multiplied by, (n,)."""
@@ -172,7 +169,7 @@ class FfnScaling:
         return found
 
     def outputs(self, y: F32, e: Exponents, lifts: F32) -> F32:
-        """The true result of (n, d) from a graph, which has ``lifts`` (n, 1 to 3)."""
+        """The true result of (n, d) from a graph, which has ``lifts`` (n, 1 or 2)."""
         return scaled(y, self.powers_of(e, lifts))
 
 
