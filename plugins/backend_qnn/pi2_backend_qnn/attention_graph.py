@@ -86,12 +86,10 @@ class AttentionGraph:
         """By the root mean square of each head; "layer" centres first.  ``eps`` is scaled like x, squared."""
         g = self.g
         if self.shape.norms[name] == "layer":
-            x = g.add(
-                "Sub", f"{name}.centred", x, g.add("ReduceMean", f"{name}.mean", x, axes=[3], keepdims=1)
-            )
-        square = g.add(
-            "ReduceMean", f"{name}.square", g.add("Mul", f"{name}.squares", x, x), axes=[3], keepdims=1
-        )
+            mean = g.add("ReduceMean", f"{name}.mean", x, g.axis(3), keepdims=1)
+            x = g.add("Sub", f"{name}.centred", x, mean)
+        squares = g.add("Mul", f"{name}.squares", x, x)
+        square = g.add("ReduceMean", f"{name}.square", squares, g.axis(3), keepdims=1)
         eps = g.input(f"{name}_eps", 1, 1, self.rows, 1)
         size = g.add("Sqrt", f"{name}.size", g.add("Add", f"{name}.eps", square, eps))
         weight = g.constant(f"{name}.norm", self.vectors[f"{name}_norm"][None, None, None])

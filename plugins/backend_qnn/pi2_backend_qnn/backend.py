@@ -187,7 +187,7 @@ class QnnBackend(Backend):
             return
         x, bad = finite_rows(x)
         for part in pieces(len(x)):
-            e, many = weight.exponents(x[part]), rows_for(len(x[part]), weight.rows)
+            e, many = weight.exponents(x[part]), rows_for(len(x[part]))
             fed = {"x": pad(scaled(x[part], -e), many)}
             run = self._programs.begin(weight, (many, 1), fed, [(1, many, outputs(weight.weight.rows))])
             _, (y,) = run.finish()

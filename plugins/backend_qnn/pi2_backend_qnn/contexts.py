@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Self
 from pi2.errors import StorageError
 
 from pi2_backend_qnn.errors import ContextDamaged, ContextMissing, WrongSoc, WrongVersion, WrongWeights
-from pi2_backend_qnn.placed import DECODE, Ffn, Placed, Shape
+from pi2_backend_qnn.placed import DECODE, ROWS, Ffn, Placed, Shape
 
 if TYPE_CHECKING:
     from pi2_backend_qnn.programs import Programs
 
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 _AGAIN = "compile again: pi2 compile"
 
 Show = Callable[[str, int, int], None]
@@ -84,9 +84,9 @@ class Contexts:
 def shapes_of(placed: Placed) -> list[Shape]:
     """All graphs that running may ask for: of an FFN, prefixes for few tokens, and the whole for many."""
     if not isinstance(placed, Ffn):
-        return [(rows, 1) for rows in placed.rows]
+        return [(rows, 1) for rows in ROWS]
     prefixes = placed.prefixes()
-    return [(rows, c) for rows in placed.rows for c in (prefixes if rows <= DECODE else prefixes[-1:])]
+    return [(rows, c) for rows in ROWS for c in (prefixes if rows <= DECODE else prefixes[-1:])]
 
 
 def bytes_of(placed: Placed) -> int:

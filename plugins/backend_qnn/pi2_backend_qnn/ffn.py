@@ -33,11 +33,11 @@ class Call:
         active, start, end = 0, time.perf_counter(), 0.0
         for number, (part, e, run) in enumerate(self.runs):
             try:
-                reply, (y, on, *lifts) = run.finish()
+                reply, (y, on, lifts) = run.finish()
             except BaseException:
                 self.cancel(number + 1)
                 raise
-            out[part] = self.ffn.scaling.outputs(y[0, : len(e)], e, *(each[0, : len(e)] for each in lifts))
+            out[part] = self.ffn.scaling.outputs(y[0, : len(e)], e, lifts[0, : len(e)])
             counts = on[0, : len(e)].sum(axis=1, dtype=np.float64)
             active += int(counts[self.good[part]].sum())
             start, end = min(start, reply.start), max(end, reply.end)
@@ -68,9 +68,8 @@ def begin(programs: Programs, ffn: Ffn, x: F32, mask: F32, count: int) -> Call:
             shape = programs.choose(ffn, ffn.shape_for(len(e), count))
             inputs = {name: pad(values, shape[0]) for name, values in fed.items()}
             inputs |= _masks(ffn, mask, shape[1])
-            outputs = [(1, shape[0], ffn.spec.geometry.d_model), (1, *shape)]
-            if ffn.scaling.lifts:
-                outputs.append((1, shape[0], ffn.scaling.lifts))
+            widths = ffn.spec.geometry.d_model, shape[1], ffn.scaling.lifts
+            outputs = [(1, shape[0], width) for width in widths]
             call.runs.append((part, e, programs.begin(ffn, shape, inputs, outputs)))
     except BaseException:
         call.cancel()

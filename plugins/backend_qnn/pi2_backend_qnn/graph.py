@@ -22,14 +22,15 @@ from pi2_backend_qnn.pack import BITS, nbits, outputs, quants_of
 from pi2_backend_qnn.scaling import MOST, RELU
 
 _IR_VERSION = 10
-_SMOOTH_END = 10.0  # beyond, the sigmoid and the normal distribution are 0 or 1 as far as fp16 can tell
+_SMOOTH_ENDS = (10.0, 20.0)
+"""Beyond, the normal distribution, or the sigmoid, is 0 or 1 as far as fp16 can tell."""
 SMOOTH = ("silu", "gelu", "gelu_tanh")
 
 
 class Graph:
     """Nodes and constants under names that are the same in every graph of the same weights."""
 
-    opset = 17
+    opset = 18
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -59,9 +60,8 @@ class Graph:
         self._nodes.append(helper.make_node(op, list(inputs), [name], name=f"{name}.{op}", **attributes))
         return name
 
-    def axis(self) -> str:
-        """The last."""
-        return self.constant("axis", np.array([2], np.int64))
+    def axis(self, number: int = 2) -> str:
+        return self.constant(f"axis{number}", np.array([number], np.int64))
 
     def concat(self, name: str, parts: Sequence[str]) -> str:
         return self.add("Concat", name, *parts, axis=2) if len(parts) > 1 else parts[0]
@@ -71,7 +71,9 @@ class Graph:
         if parts == 1:
             return [x]
         names = [f"{name}{number}" for number in range(parts)]
-        self._nodes.append(helper.make_node("Split", [x], names, name=f"{name}.Split", axis=1))
+        self._nodes.append(
+            helper.make_node("Split", [x], names, name=f"{name}.Split", axis=1, num_outputs=parts)
+        )
         return names
 
     def nbits(self, name: str, x: str, quants: NDArray[np.int8], scales: F32, bits: int) -> str:
@@ -119,22 +121,32 @@ class Graph:
 
         No quotient: its bits can change with M (QAIRT 2.51).
         """
-        sizes = [
-            self.add("ReduceMax", f"{part}.most", self.add("Abs", f"{part}.abs", part), axes=[2], keepdims=1)
-            for part in parts
-        ]
-        size = sizes[0]
-        for number, each in enumerate(sizes[1:], 1):
-            size = self.add("Max", f"{name}.size{number}", size, each)
+        size = self.largest(name, [self.add("Abs", f"{part}.abs", part) for part in parts])
         tops = np.arange(MOST + 1, power - MOST - 1, -1)
         ends = np.minimum(np.ldexp(1.0, tops), np.finfo(np.float16).max)
-        powers = self.constant(f"{name}.powers", np.ldexp(1.0, power - tops)[None, None].astype(np.float32))
-        above = self.constant(f"{name}.tops", ends[None, None].astype(np.float32))
+        lifts.append(self.chosen(name, size, ends, np.ldexp(1.0, power - tops)))
+        return [self.add("Mul", f"{part}.lifted", part, lifts[-1]) for part in parts]
+
+    def chosen(self, name: str, size: str, ends: NDArray[Any], factors: NDArray[Any]) -> str:
+        """For each ``size`` (1, M, 1) the largest of the ``factors`` whose end is above it."""
+        values = self.constant(f"{name}.factors", factors[None, None].astype(np.float32))
+        fitting = self.add("Mul", f"{name}.fitting", self.below(name, size, ends), values)
+        return self.largest(f"{name}.factor", [fitting])
+
+    def below(self, name: str, size: str, ends: NDArray[Any]) -> str:
+        """1 for each of the ``ends`` (k,) that ``size`` (1, M, 1) is below, else 0: (1, M, k)."""
+        above = self.constant(f"{name}.ends", ends[None, None].astype(np.float32))
         gap = self.add("Relu", f"{name}.gap", self.add("Sub", f"{name}.left", above, size))
-        fitting = self.add("Mul", f"{name}.fitting", self.add("Sign", f"{name}.below", gap), powers)
-        factor = self.add("ReduceMax", f"{name}.factor", fitting, axes=[2], keepdims=1)
-        lifts.append(factor)
-        return [self.add("Mul", f"{part}.lifted", part, factor) for part in parts]
+        return self.add("Sign", f"{name}.below", gap)
+
+    def largest(self, name: str, parts: Sequence[str]) -> str:
+        """Of all ``parts`` (1, M, n): (1, M, 1)."""
+        found, *more = [
+            self.add("ReduceMax", f"{part}.most", part, self.axis(), keepdims=1) for part in parts
+        ]
+        for number, each in enumerate(more, 1):
+            found = self.add("Max", f"{name}{number}", found, each)
+        return found
 
     def model(self, outputs: Mapping[str, Sequence[int]]) -> bytes:
         results = [
@@ -165,8 +177,8 @@ def ffn_graph(g: Graph, bundles: U8, spec: FfnSpec, cluster: int, exponents: Map
 
     ``exponents``: of gate, up and down.  Inputs and outputs are scaled as ``pi2_backend_qnn.scaling`` says:
     "true" (1, M, 1) is what makes a gate of it that the activation function can be asked for, "ones"
-    (1, M, 1) is 1 under the same scale, for biases.  If hidden values are lifted, the last output is
-    by what, (1, M, 1 or 2).
+    (1, M, 1) is 1 under the same scale, for biases.  The last output is what hidden values were
+    multiplied with, (1, M, 1 or 2).
     """
     rows = g.rows
     x = g.input("x", 1, rows, spec.geometry.d_model)
@@ -184,14 +196,13 @@ def ffn_graph(g: Graph, bundles: U8, spec: FfnSpec, cluster: int, exponents: Map
         firsts = g.lifted("relu", [first for first, _ in factors], RELU, lifts)
         factors = [(first, up) for first, (_, up) in zip(firsts, factors, strict=True)]
     hidden = [c.hidden(*each) for c, each in zip(clusters, factors, strict=True)]
-    hidden = g.lifted("hidden", hidden, exponents.get("hidden", 0), lifts)
+    hidden = g.lifted("hidden", hidden, exponents["hidden"], lifts)
     y, *sums = [c.down(h) for c, h in zip(clusters, hidden, strict=True)]
     for number, each in enumerate(sums, 1):
         y = g.add("Add", f"sum{number}", y, each)
     active = g.concat("active", [c.count for c in clusters])
     found = {y: (1, rows, spec.geometry.d_model), active: (1, rows, len(clusters))}
-    if lifts:
-        found[g.concat("lifts", lifts)] = (1, rows, len(lifts))
+    found[g.concat("lifts", lifts)] = (1, rows, len(lifts))
     return g.model(found)
 
 
@@ -258,15 +269,20 @@ class _Cluster:
         return g.add("Add", f"{label}.biased", y, term)
 
     def _activated(self, pre: str) -> tuple[str, str | None]:
-        """Two factors whose product is the activation function of ``pre``, not squared yet; None is 1."""
+        """Two factors whose product is the activation function of ``pre``, not squared yet; None is 1.
+
+        A sigmoid's argument has ends, too: without, QNN makes one operation of it and the product before it
+        in some graphs of many tokens, which have other bits then (QAIRT 2.51).
+        """
         g, at = self.g, self.at
         if self.spec.activation in ("relu", "relu2"):
             return g.add("Relu", f"{at}.relu", pre), None
         true = g.add("Mul", f"{at}.true", pre, "true")
-        ends = [g.constant(f"end{end}", np.array(end, np.float32)) for end in (-_SMOOTH_END, _SMOOTH_END)]
-        if self.spec.activation == "silu":
-            return pre, g.add("Sigmoid", f"{at}.share", true)
+        end = _SMOOTH_ENDS[self.spec.activation == "silu"]
+        ends = [g.constant(f"end{each}", np.array(each, np.float32)) for each in (-end, end)]
         v = g.add("Clip", f"{at}.v", true, *ends)
+        if self.spec.activation == "silu":
+            return pre, g.add("Sigmoid", f"{at}.share", v)
         square = g.add("Mul", f"{at}.v2", v, v)
         slope = g.add("Mul", f"{at}.slope", square, g.scalar(0.044715 * 0.7978845608))
         slope = g.add("Add", f"{at}.slope1", slope, g.scalar(0.7978845608))

@@ -9,7 +9,7 @@ to those of hidden values, cluster by cluster.  Between products numbers are fp1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,13 @@ from onnx import TensorProto, helper
 from pi2.tensor import F32, U8, DType, decode
 
 from pi2_backend_qnn.graph import Graph
-from pi2_backend_qnn.norm_scaling import HIDDEN_MARGIN
 from pi2_backend_qnn.requantise import Part, parts_of
+from pi2_backend_qnn.scaling import MOST
 
 _MOST = 32767
 """Steps from 0 to the end of a range, either way."""
+_DROPPED = 0.009
+"""More than what QNN drops of a sum of numbers up to 1: 8 bits of a sum of integers (QAIRT 2.51)."""
 _ROUNDED = 1 + 2**-12  # more than what float32 loses
 
 
@@ -41,24 +43,40 @@ class IntegerGraph(Graph):
         return self._product(name, x, np.ldexp(decode(data, dtype), -exponent))
 
     def down(self, at: str, h: str, mask: str, data: U8, dtype: DType, exponent: Any) -> str:
-        """As ``Graph.down``, with an exponent for each output, for h / (largest * norm).
+        """As ``Graph.down``, with an exponent for each output.
 
-        The 2-norm of that is at most 1; both factors come last.
+        Of ``h``, whose numbers are less than 1, it takes two factors out that come last: a power of two that
+        leaves the largest at least half, if 2**MOST can, and then one that leaves a 2-norm of at most 1.
         """
-        size = self.add("ReduceMax", f"{at}.size", self.add("Abs", f"{at}.abs", h), self.axis(), keepdims=1)
-        largest = self.add("Max", f"{at}.largest", size, self.scalar(2.0**-14))
-        unit = self.add("Div", f"{at}.unit", h, largest)
+        tops = np.arange(0.0, -MOST - 1, -1)[::-1]
+        size = self.largest(f"{at}.largest", [self.add("Abs", f"{at}.abs", h)])
+        unit, largest = self._taken_out(f"{at}.unit", h, size, np.exp2(tops), np.exp2(tops))
         squares = self.add("Mul", f"{at}.squares", unit, unit)
-        root = self.add("Sqrt", f"{at}.root", self._sum(f"{at}.sum", squares, len(data)))
-        norm = self.add("Mul", f"{at}.norm", root, self.scalar(HIDDEN_MARGIN))
-        normed = self.add("Div", f"{at}.normed", unit, norm)
+        wholes = np.exp2(np.arange(-2, math.log2(len(data)) + 0.5, 0.25))  # squares of norms
+        size = self._sum(f"{at}.sum", squares, len(data))
+        normed, norm = self._taken_out(
+            f"{at}.normed", unit, size, wholes * (1 - 2**-9) - _DROPPED, wholes**0.5
+        )
         weights = np.ldexp(decode(data, dtype), -np.array(exponent, np.int32))
         y = self._product(f"{at}.y", normed, weights.T)
         return self.add("Mul", at, self.add("Mul", f"{at}.by_norm", y, norm), largest)
 
-    def lifted(self, name: str, parts: Sequence[str], power: int, lifts: list[str]) -> list[str]:
-        """As they are: ``down`` sees to their size."""
-        return list(parts)
+    def _taken_out(
+        self, name: str, x: str, size: str, ends: NDArray[Any], values: NDArray[Any]
+    ) -> tuple[str, str]:
+        """``x`` (1, M, n) divided by, and, (1, M, 1), that one of the ``values`` whose end, of the ascending
+        ``ends``, is the next above ``size`` (1, M, 1).  No quotient: its bits can change with M (QAIRT 2.51).
+        """
+        ends, values = np.append(0, ends), np.append(values, values[-1])  # 0 is never above
+        below = self.below(name, size, ends)
+        inverse = self.constant(
+            f"{name}.inverses", np.append(1, 1 / values[:-1])[None, None].astype(np.float32)
+        )
+        inverse = self.largest(f"{name}.inverse", [self.add("Mul", f"{name}.fitting", below, inverse)])
+        value = self.constant(f"{name}.values", values[None, None].astype(np.float32))
+        passed = self.add("Sub", f"{name}.passed", self.scalar(1.0), below)
+        value = self.largest(f"{name}.value", [self.add("Mul", f"{name}.reached", passed, value)])
+        return self.add("Mul", name, x, inverse), value
 
     def _product(self, name: str, x: str, weights: F32) -> str:
         """``x`` (1, M, K), of norm 1 at most, times ``weights`` (N, K)."""
@@ -71,7 +89,7 @@ class IntegerGraph(Graph):
         return self.add("Add", name, *products)
 
     def _sum(self, name: str, x: str, count: int) -> str:
-        """Of so many numbers from 0 to 1, and a little more: (1, M, count) -> (1, M, 1).
+        """Of so many numbers from 0 to 1: (1, M, count) -> (1, M, 1), at most _DROPPED too little.
 
         A product of integers, since the bits of ReduceSum can change with M (QAIRT 2.51).
         """

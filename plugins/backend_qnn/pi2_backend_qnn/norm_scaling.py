@@ -20,8 +20,6 @@ from pi2_backend_qnn.errors import GraphRefused
 from pi2_backend_qnn.pack import Sizes
 from pi2_backend_qnn.scaling import MOST, Exponents, FfnScaling, input_exponents, is_smooth, scaled
 
-HIDDEN_MARGIN = 1 + 2**-7
-"""What the norm of hidden values is multiplied by: more than fp16 loses of its root and of quotients."""
 _GROWN = 2
 """Powers of two: rounded weights, and outliers apart, have norms of at most 2 * 2**0.5 of what they had."""
 _ROUNDED = np.float32(1 + 2**-12)  # more than float32 loses of a norm
@@ -54,8 +52,8 @@ class Powers:
         """For the neurons (k, stride), in clusters of so many.
 
         A dot product and its bias are at most half of 2**b each, b powers of two for each factor of a hidden
-        value, and these at most 2**15; all clusters' results of ``down`` together are 2**15 at most, too.
-        Raises GraphRefused.
+        value, and these at most 2**15; all clusters' results of ``down`` together, of hidden values up to 1,
+        are 2**15 at most, too.  Raises GraphRefused.
         """
         half = _dots_power(spec) - 1
         dots = {
@@ -68,13 +66,12 @@ class Powers:
             down = spec.geometry.unpack_segment(bundles[first : first + cluster], "down")
             with np.errstate(over="ignore"):  # then they are refused
                 norms += np.linalg.norm(down, axis=0)
-        grown = _GROWN + math.ceil(math.log2(HIDDEN_MARGIN * math.sqrt(cluster)))
-        return cls(dots, _powers(norms) + np.int32(grown))
+        return cls(dots, _powers(norms) + np.int32(_GROWN - MOST + math.ceil(0.5 * math.log2(cluster))))
 
     @property
     def all(self) -> dict[str, Any]:
         """By part, as a worker is told."""
-        return {**self.dots, "down": self.down.tolist()}
+        return {**self.dots, "down": self.down.tolist(), "hidden": 0}
 
 
 def _powers(sizes: F32) -> Exponents:
@@ -115,12 +112,8 @@ class NormScaling(FfnScaling):
         e = norm_exponents(x)
         return e if self.bias is None else np.maximum(e, np.int32(self.bias))
 
-    @property
-    def lifts(self) -> int:
-        return 0
-
-    def outputs(self, y: F32, e: Exponents, lifts: F32 | None = None) -> F32:
+    def outputs(self, y: F32, e: Exponents, lifts: F32) -> F32:
         positive = y + np.float32(0)  # a zero, whose sign depends on how many clusters a graph has
         with np.errstate(over="ignore"):
-            true: F32 = np.ldexp(positive, (sum(self.powers) * e + self.fixed)[:, None] + self.outputs_of)
+            true: F32 = np.ldexp(positive, self.powers_of(e, lifts)[:, None] + self.outputs_of)
         return true

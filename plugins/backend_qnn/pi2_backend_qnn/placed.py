@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
@@ -45,9 +45,9 @@ class AttentionShape:
     norms: Mapping[str, str]
 
 
-def rows_for(tokens: int, among: Sequence[int] = ROWS) -> int:
+def rows_for(tokens: int) -> int:
     """Tokens of the smallest graph that takes so many; of the largest, if none does."""
-    return next((rows for rows in among if tokens <= rows), among[-1])
+    return next((rows for rows in ROWS if tokens <= rows), ROWS[-1])
 
 
 @dataclass(eq=False)
@@ -63,11 +63,6 @@ class Placed:
     """Of the worker that ``graphs`` are in."""
     weights: str = EXACT
     """EXACT, or how they are rounded: a key of ``requantise.BITS``."""
-
-    @property
-    def rows(self) -> tuple[int, ...]:
-        """Tokens of its graphs.  Two at least if weights are rounded: one has other bits (QAIRT 2.51)."""
-        return ROWS if self.weights == EXACT else (2, *ROWS[1:])
 
     def forget(self, generation: int) -> None:
         """The graphs are gone."""
@@ -159,7 +154,7 @@ class Ffn(Placed):
 
     def shape_for(self, tokens: int, count: int) -> Shape:
         """The smallest graph that has the first ``count`` neurons."""
-        rows, needed = rows_for(tokens, self.rows), -(-count // self.cluster)
+        rows, needed = rows_for(tokens), -(-count // self.cluster)
         if rows > DECODE:
             return rows, self.clusters
         return rows, next(n for n in self.prefixes() if n >= needed)

@@ -155,13 +155,22 @@ class FfnScaling:
 
     @property
     def lifts(self) -> int:
-        """How many powers of two a graph gives for each token: what it multiplied with, the ReLU's first."""
-        return 2 if self.powers == SQUARED_AND_GATED else 1
+        """How many powers of two a graph gives for each token, which it has multiplied hidden values by.
+
+        The first may be a ReLU's, before it was squared.
+        """
+        return 1 + (self.powers == SQUARED_AND_GATED)
+
+    def powers_of(self, e: Exponents, lifts: F32) -> Exponents:
+        """Those of two that results are multiplied by, (n,)."""
+        lifted = np.frexp(lifts.T)[1] - 1
+        squared = lifted[0] if self.powers == SQUARED_AND_GATED else 0
+        found: Exponents = sum(self.powers) * e + self.fixed - lifted.sum(axis=0) - squared
+        return found
 
     def outputs(self, y: F32, e: Exponents, lifts: F32) -> F32:
         """The true result of (n, d) from a graph, which has ``lifts`` (n, 1 or 2)."""
-        *relu, hidden = np.frexp(lifts.T)[1] - 1
-        return scaled(y, sum(self.powers) * e + self.fixed - hidden - 2 * sum(relu))
+        return scaled(y, self.powers_of(e, lifts))
 
 
 def down_powers(sizes: Sizes) -> tuple[int, int]:
