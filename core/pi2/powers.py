@@ -114,7 +114,7 @@ class SupportsStreaming(SupportsSlab, Protocol):
         """For a ``place_slab`` handle.  ``states`` (slots,) are ``SlotState``, read and written by calls.
 
         ``storage`` is a ``SupportsStorageAbi.abi_address``.  ``two_phase``: read gates first, up and down
-        only where the gate is not zero.  ``cluster``: neurons that are read and computed as one unit.
+        only where the gate is not zero.  ``cluster``: neurons that are computed as one unit.
         For comparison: without ``overlap`` nothing is computed while something is being read; not
         ``bundled``, and not in two phases, each row is a read, one matrix after the other.
         """

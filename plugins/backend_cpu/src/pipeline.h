@@ -33,10 +33,14 @@ class Pipeline {
   struct Unit {
     Kind kind = Kind::kDown;
     int64_t range = 0, first = 0, count = 0;  // candidates order_[first .. first + count)
+    int part = 0;                             // matrix that is being read, if a neuron is not one read
+  };
+  // What one ticket brings, to all of these.
+  struct Read {
     int64_t ticket = 0;
-    int32_t prefetch = 0;
-    int part = 0;  // matrix that is being read, if a neuron is not one read
+    int32_t prefetch = -1;  // >= 0: that of a guess
     double start = 0;
+    std::vector<Unit> units;
   };
   using Lock = std::unique_lock<std::mutex>;
 
@@ -54,10 +58,12 @@ class Pipeline {
   // Bytes of a bundle that the read of a unit brings.
   void bytes(const Unit& unit, int64_t* first, int64_t* last) const;
   void submit(Lock& lock);
+  Read next_read();
   bool take(Unit* unit);
   void compute(Lock& lock, Unit unit, uint8_t thread);
   void poll(Lock& lock, bool may_block);
-  void arrived(Unit unit, int32_t code, const pi2_storage_failure& failure);
+  void arrived(Read& read, int32_t code, const pi2_storage_failure& failure);
+  void arrived(Unit unit, bool guess);
   void fail(const pi2_storage_failure& failure);
   void cancel();
   void begin_work();
@@ -78,7 +84,7 @@ class Pipeline {
   std::vector<int64_t> remaining_;  // (ranges): candidates whose h is not known
   int64_t left_ = 0;                // ranges that are not summed
   std::deque<Unit> waiting_;        // to be submitted
-  std::vector<Unit> in_flight_;
+  std::vector<Read> in_flight_;
   std::deque<Unit> ready_, residents_, downs_;
   bool submitting_ = false, polling_ = false, failed_ = false;
   pi2_storage_failure failure_{0, -1};

@@ -51,18 +51,19 @@ void Pipeline::add_clusters(int64_t range, const std::vector<int32_t>& missing) 
                               std::min(s_.cluster, k - i)));
 }
 
-// One unit a ticket, which can be waited for only once.
+// A unit of each guess that has some in this range; a ticket, which can be waited for once, has several.
 void Pipeline::add_guesses(int64_t range, std::vector<int32_t>& loading) {
   const auto prefetch = [&](int32_t i) { return s_.prefetch_of[slot(i)]; };
   std::stable_sort(loading.begin(), loading.end(),
                    [&](int32_t a, int32_t b) { return prefetch(a) < prefetch(b); });
   for (auto i = loading.begin(); i != loading.end();) {
-    const auto end = std::find_if(i, loading.end(), [&](int32_t j) { return prefetch(j) != prefetch(*i); });
-    Unit unit = append(Kind::kGuess, range, &*i, end - i);
-    unit.prefetch = prefetch(*i);
-    unit.ticket = s_.prefetches[unit.prefetch].ticket;
-    unit.start = now();
-    in_flight_.push_back(unit);
+    const int32_t which = prefetch(*i);
+    const auto end = std::find_if(i, loading.end(), [&](int32_t j) { return prefetch(j) != which; });
+    auto read = std::find_if(in_flight_.begin(), in_flight_.end(),
+                             [&](const Read& r) { return r.prefetch == which; });
+    if (read == in_flight_.end())
+      read = in_flight_.insert(read, {s_.prefetches[which].ticket, which, now(), {}});
+    read->units.push_back(append(Kind::kGuess, range, &*i, end - i));
     i = end;
   }
 }

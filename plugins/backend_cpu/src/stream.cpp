@@ -15,14 +15,6 @@ int64_t split_of(const pi2_ffn& f, int64_t page) {
   return f.bias_offset < 0 && end < f.stride ? end : 0;  // the biases lie at the end of a bundle
 }
 
-// The slots of one guess, which lie in one range of neurons.
-int64_t next_group(const pi2_stream& s, const int32_t* neurons, int64_t first, int64_t k) {
-  const int64_t size = pi2::range_size(s.f.count), range = neurons[first] / size;
-  int64_t last = first;
-  while (last < k && last - first < s.cluster && neurons[last] / size == range) ++last;
-  return last;
-}
-
 }  // namespace
 
 void pi2_stream::rows(int part, int64_t* first, int64_t* last) const {
@@ -89,7 +81,7 @@ extern "C" int32_t pi2_cpu_stream_prefetch(pi2_stream* s, const pi2_place* place
   if (s->hangs) return ETIMEDOUT;
   const auto spent = [](const pi2::Prefetch& p) { return p.ticket == 0; };
   for (int64_t first = 0; first < k;) {
-    const int64_t last = next_group(*s, neurons, first, k);
+    const int64_t last = std::min(k, first + pi2::kTicket);
     *failure = {0, -1};
     const int64_t ticket = s->submit(*place, neurons + first, slots + first, last - first, 0, s->f.stride,
                                      PI2_STORAGE_PREFETCH | (last < k ? PI2_STORAGE_MORE : 0), failure);
