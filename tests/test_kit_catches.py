@@ -33,12 +33,15 @@ CAUGHT_BY = {
     "CountsNeuronsThatItHadToRead": "a_stream_gives_the_bits_of_a_full_slab",
     "DecodesASlabOnce": "a_slab_may_change_between_calls",
     "DropsTheBias": "ffn_is_the_sum_over_its_neurons",
+    "FindsTheNeighboursSlot": "slots_are_found_and_given_out_as_numpy_does",
     "ForgetsByBeingAsked": "victims_are_always_residents",
     "ForgetsTheBiasOfAPredictor": "a_low_rank_predictor_names_what_two_products_name",
     "ForgetsTheReluOfUp": "ffn_is_the_sum_over_its_neurons",
     "ForgetsTheResidualConnection": "attention_is_the_block_of_its_formula",
     "ForgetsTheWindow": "attention_is_the_block_of_its_formula",
     "ForgetsWhatItIsToDoMeanwhile": "something_else_is_done_meanwhile",
+    "ForgetsWhoseTheSlotIs": "slots_are_found_and_given_out_as_numpy_does",
+    "GivesASlotThatIsNotEmpty": "slots_are_found_and_given_out_as_numpy_does",
     "GivesWritableViews": "a_view_agrees_with_a_read_and_cannot_be_written",
     "IgnoresRowsOfFfn": "any_partition_into_clusters_adds_up_to_the_dense_ffn",
     "IgnoresRowsOfLinear": "linear_is_the_matrix_product_of_the_exact_weights",
@@ -76,7 +79,7 @@ CAUGHT_BY = {
     "WritesBehindTheOutput": "linear_is_the_matrix_product_of_the_exact_weights",
     "WritesBehindTheTokens": "attention_is_the_block_of_its_formula",
 }
-RIGHT = ("Asked", "Attending", "OneByOne", "Plain", "PlainPredictor", "SlowTwin")
+RIGHT = ("Asked", "Attending", "OneByOne", "Plain", "PlainPredictor", "Searching", "SlowTwin")
 
 
 @pytest.fixture(scope="module")

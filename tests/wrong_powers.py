@@ -9,6 +9,7 @@ import fail_fast  # noqa: F401  (before the kit makes its settings)
 import numpy as np
 from pi2.attention import attend
 from pi2.builtin.numpy_backend import NumpyBackend
+from pi2.slot_tables import NumpySlots
 from pi2.testing import BackendTests
 
 
@@ -111,3 +112,44 @@ class TestForgetsTheBiasOfAPredictor(BackendTests):
     class plugin(AskedBackend):  # noqa: N801
         def low_rank(self, inner, bias, outer, bounds, x):
             return super().low_rank(inner, np.zeros_like(bias), outer, bounds, x)
+
+
+class SearchingBackend(NumpyBackend):
+    """Right: searches the tables of a neuron cache."""
+
+    name = "searching"
+    search = NumpySlots
+
+    def slot_search(self, tables):
+        return self.search(tables)
+
+
+class TestSearching(BackendTests):
+    plugin = SearchingBackend
+
+
+class TestForgetsWhoseTheSlotIs(BackendTests):
+    class plugin(SearchingBackend):  # noqa: N801
+        class search(NumpySlots):  # noqa: N801
+            def seat(self, ffn, neurons, slots):
+                before = self._tables.key_of.copy()
+                seated = super().seat(ffn, neurons, slots)
+                self._tables.key_of[:] = before
+                return seated
+
+
+class TestGivesASlotThatIsNotEmpty(BackendTests):
+    class plugin(SearchingBackend):  # noqa: N801
+        class search(NumpySlots):  # noqa: N801
+            def seat(self, ffn, neurons, slots):
+                before = self._tables.states.copy()
+                seated = super().seat(ffn, neurons, slots)
+                self._tables.states[:] = before
+                return seated
+
+
+class TestFindsTheNeighboursSlot(BackendTests):
+    class plugin(SearchingBackend):  # noqa: N801
+        class search(NumpySlots):  # noqa: N801
+            def find(self, ffn, neurons):
+                return super().find((ffn + 1) % len(self._tables.slot_of), neurons)

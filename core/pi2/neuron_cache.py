@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import mmap
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pi2.api import CachePolicy, Keys
 from pi2.powers import SlotState, SupportsExpiry
+from pi2.slot_tables import NumpySlots, SlotSearch, SlotTables
 from pi2.tensor import U8, Ids
 
 _BATCH = 128  # evictions free at least a slot in so many, so that asking the policy is paid back
@@ -26,7 +28,10 @@ class NeuronCache:
     stay with their neurons until the next call.  Holds keys and bytes, reads nothing.
     """
 
-    def __init__(self, n_ffns: int, neurons: int, stride: int, slots: int, policy: CachePolicy) -> None:
+    def __init__(
+        self, n_ffns: int, neurons: int, stride: int, slots: int, policy: CachePolicy,
+        search: Callable[[SlotTables], SlotSearch] = NumpySlots,
+    ) -> None:  # fmt: skip
         self.neurons = neurons
         self.policy, self._fresh = policy, copy.deepcopy(policy)
         self._expiry = policy if isinstance(policy, SupportsExpiry) else None
@@ -38,12 +43,14 @@ class NeuronCache:
         self.n_hot = 0
         self.capacity = slots
         """Slots in use at most: the regions can shrink and grow again."""
-        self._slot_of = np.full((n_ffns, neurons), -1, np.int32)
-        self._by_key = self._slot_of.reshape(-1)
-        self._key_of = np.full(slots, -1, np.int64)
-        self._free: Ids = np.arange(slots - 1, -1, -1, dtype=np.int32)  # a stack, its top at _n_free - 1
-        self._n_free = slots
-        self._pinned, self._touched = np.zeros(slots, np.bool_), np.zeros(slots, np.bool_)
+        self._tables = t = SlotTables(
+            np.full((n_ffns, neurons), -1, np.int32), np.full(slots, -1, np.int64), self.states,
+            np.zeros(slots, np.bool_), np.arange(slots - 1, -1, -1, dtype=np.int32),
+        )  # fmt: skip
+        t.n_free[0] = slots
+        self._search = search(t)
+        self._by_key, self._key_of = t.slot_of.reshape(-1), t.key_of
+        self._pinned = np.zeros(slots, np.bool_)
         self._untold: tuple[int, Ids, Ids, int] | None = None  # of acquire: FFN, neurons, slots, how many new
 
     @property
@@ -54,7 +61,7 @@ class NeuronCache:
     @property
     def untouched(self) -> int:
         """Slots in which nothing was yet, so that they take no memory."""
-        return self.capacity - int(np.count_nonzero(self._touched[: self.capacity]))
+        return self.capacity - int(np.count_nonzero(self._tables.touched[: self.capacity]))
 
     def keys(self, ffn: int, neurons: Ids) -> Keys:
         """Unique in the model."""
@@ -62,8 +69,7 @@ class NeuronCache:
 
     def slots(self, ffn: int, neurons: Ids) -> Ids:
         """Where ``neurons`` are; -1 for those without a slot."""
-        found: Ids = self._slot_of[ffn][neurons]
-        return found
+        return self._search.find(ffn, neurons)[0]
 
     def keep(self, keys: Keys) -> Ids:
         """Make these neurons the hot region, while nothing is resident; their slots, EMPTY."""
@@ -85,14 +91,12 @@ class NeuronCache:
         if self._expiry is not None:
             old = self._by_key[self._expiry.expire(ffn)]
             self.drop(old[self.states[old] != SlotState.LOADING])
-        slots: Ids = self._slot_of[ffn][neurons]
-        missing = np.flatnonzero(slots < 0)
-        if len(missing):
-            new = self._take(ffn, len(missing), slots)
-            assert len(new) == len(missing), "the cold region is smaller than an FFN"
-            self._seat(self.keys(ffn, neurons[missing]), new)
-            slots[missing] = new
-        self._untold = ffn, neurons, slots, len(missing)
+        slots, missing = self._search.find(ffn, neurons)
+        if missing:
+            self._reserve(ffn, missing, slots)
+            seated = self._search.seat(ffn, neurons, slots)
+            assert seated == missing, "the cold region is smaller than an FFN"
+        self._untold = ffn, neurons, slots, missing
         return slots
 
     def tell(self) -> None:
@@ -113,12 +117,14 @@ class NeuronCache:
         Nothing in the slots ``spare`` leaves for them.  Returns the admitted neurons and their slots.
         """
         self._inform()
-        neurons = neurons[self._slot_of[ffn][neurons] < 0]
-        slots = self._take(ffn, len(neurons), spare)
-        neurons = neurons[: len(slots)]
-        keys = self.keys(ffn, neurons)
-        self._seat(keys, slots)
-        self.policy.touch(ffn, keys)
+        slots, absent = self._search.find(ffn, neurons)
+        if absent < len(neurons):
+            neurons = neurons[slots < 0]
+            slots = slots[slots < 0]
+        self._reserve(ffn, absent, spare)
+        seated = self._search.seat(ffn, neurons, slots)
+        neurons, slots = neurons[:seated], slots[:seated]
+        self.policy.touch(ffn, self.keys(ffn, neurons))
         return neurons, slots
 
     def drop(self, slots: Ids) -> None:
@@ -147,21 +153,21 @@ class NeuronCache:
         if capacity < self.capacity:
             above = np.arange(capacity, self.capacity, dtype=np.int32)
             self.drop(above)
-            free = self._free[: self._n_free]
+            free = self._tables.free[: self._n_free]
             self._set_free(free[free < capacity])
             self._give_back(capacity)
         else:
             new = np.arange(capacity - 1, self.capacity - 1, -1, dtype=np.int32)
-            self._set_free(np.concatenate((self._free[: self._n_free], new)))
+            self._set_free(np.concatenate((self._tables.free[: self._n_free], new)))
         self.capacity = capacity
 
     def _set_free(self, slots: Ids) -> None:
-        self._n_free = len(slots)
-        self._free[: self._n_free] = slots
+        self._tables.n_free[0] = len(slots)
+        self._tables.free[: len(slots)] = slots
 
     def _give_back(self, first: int) -> None:
         start = -(-first * self.slab.shape[1] // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._touched[first:] = False
+        self._tables.touched[first:] = False
         if start < len(self._memory) and hasattr(mmap, "MADV_DONTNEED"):
             self._memory.madvise(mmap.MADV_DONTNEED, start)
 
@@ -169,16 +175,14 @@ class NeuronCache:
         self._by_key[keys] = slots
         self._key_of[slots] = keys
         self.states[slots] = SlotState.EMPTY
-        self._touched[slots] = True
+        self._tables.touched[slots] = True
 
-    def _take(self, ffn: int, n: int, spare: Ids) -> Ids:
-        """Up to ``n`` free slots, after evictions from others than the cold slots ``spare``."""
-        self._reserve(ffn, n, spare)
-        n = min(n, self._n_free)
-        self._n_free -= n
-        return self._free[self._n_free : self._n_free + n].copy()
+    @property
+    def _n_free(self) -> int:
+        return int(self._tables.n_free[0])
 
     def _reserve(self, ffn: int, n: int, spare: Ids) -> None:
+        """Evict, if fewer than ``n`` slots are free, others than the cold slots ``spare``."""
         if self._n_free < n:
             spare = spare[spare >= 0]
             self._pinned[spare] = True
@@ -203,8 +207,9 @@ class NeuronCache:
         self._by_key[keys] = -1
         self._key_of[slots] = -1
         self.states[slots] = SlotState.EMPTY
-        self._free[self._n_free : self._n_free + len(slots)] = slots
-        self._n_free += len(slots)
+        first = self._n_free
+        self._tables.free[first : first + len(slots)] = slots
+        self._tables.n_free[0] = first + len(slots)
 
 
 def hottest(counts: NDArray[np.int64], n: int) -> Keys:

@@ -17,7 +17,15 @@ from pi2.neuron_cache import NeuronCache, hottest
 from pi2.offload import OffloadedFfns
 from pi2.offload_options import OffloadOptions
 from pi2.pipeline import bundle_ranges, read_ranges
-from pi2.powers import FfnPlace, SlotState, SupportsAsyncRead, SupportsOffload, SupportsPrior
+from pi2.powers import (
+    FfnPlace,
+    SlotState,
+    SupportsAsyncRead,
+    SupportsOffload,
+    SupportsPrior,
+    SupportsSlotSearch,
+)
+from pi2.slot_tables import NumpySlots
 from pi2.tensor import U8, Ids
 
 if TYPE_CHECKING:
@@ -116,7 +124,8 @@ def open_ffns(
     else:
         hot = np.empty(0, np.int64) if counted is None else hottest(counted[0], n_hot)
     possible = most if options.memory is None else min(slots, most + coming // g.stride)
-    cache = NeuronCache(arch.n_layers, arch.n_neurons, g.stride, possible, offload.policy)
+    search = backend.slot_search if isinstance(backend, SupportsSlotSearch) else NumpySlots
+    cache = NeuronCache(arch.n_layers, arch.n_neurons, g.stride, possible, offload.policy, search)
     cache.resize(most)
     ffns = OffloadedFfns(model, backend, tier, predictor, cache, options, room, offload.dense)
     if not isinstance(tier, SupportsAsyncRead):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pi2.api import Backend, FfnSpec, Keys, ModelView, Ranges
 from pi2.attention import AttentionSpec
 from pi2.kv_cache import Kv
+from pi2.slot_tables import SlotSearch, SlotTables
 from pi2.tensor import F32, U8, Ids
 
 
@@ -249,6 +250,15 @@ class SupportsStorageAbi(Protocol):
 
     def abi_address(self) -> int:
         """Address of a ``pi2_storage_abi`` (include/pi2_abi.h), valid until the tier is closed."""
+        ...
+
+
+@runtime_checkable
+class SupportsSlotSearch(Protocol):
+    """Optional power of a backend that has a faster ``SlotSearch`` than ``pi2.slot_tables.NumpySlots``."""
+
+    def slot_search(self, tables: SlotTables) -> SlotSearch:
+        """Over these tables, which others also read and change between calls."""
         ...
 
 

@@ -19,6 +19,7 @@ from pi2.testing.attention import AttentionTests
 from pi2.testing.low_rank import LowRankTests
 from pi2.testing.plugin import examples
 from pi2.testing.slab import SlabTests
+from pi2.testing.slot_search import SlotSearchTests
 from pi2.testing.strategies import (
     SPARSE,
     FfnCase,
@@ -76,7 +77,7 @@ def same_bits(a: F32, b: F32) -> bool:
     return a.tobytes() == b.tobytes()
 
 
-class BackendTests(AsyncFfnTests, AttentionTests, LowRankTests, SlabTests, StreamingTests):
+class BackendTests(AsyncFfnTests, AttentionTests, LowRankTests, SlotSearchTests, SlabTests, StreamingTests):
     """Everything that ``pi2.api.Backend`` promises, and its optional powers where they are had.
 
     class TestMine(BackendTests):

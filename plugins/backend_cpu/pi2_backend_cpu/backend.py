@@ -13,10 +13,12 @@ from pi2.errors import OptionError, PluginError
 from pi2.kv_cache import Kv, KvDType
 from pi2.norm import Norm
 from pi2.rope import RopeTable
+from pi2.slot_tables import SlotTables
 from pi2.tensor import F32, U8, Ids, Tensor
 
 from pi2_backend_cpu import cores as cores_of
 from pi2_backend_cpu import native
+from pi2_backend_cpu.slots import Slots
 from pi2_backend_cpu.streaming import Streaming
 
 _MISSING = "the kernels are missing: this wheel was built without a C++ compiler"
@@ -115,6 +117,9 @@ class CpuBackend(Streaming, Backend):
             rows.ctypes.data, above.ctypes.data,
         )  # fmt: skip
         return rows[:count], above[:count]
+
+    def slot_search(self, tables: SlotTables) -> Slots:
+        return Slots(self._lib, tables)
 
     def place_ffn(self, bundles: U8, spec: FfnSpec) -> _Placed:
         data = np.ascontiguousarray(bundles)

@@ -74,6 +74,13 @@ class StreamCount(ctypes.Structure):
     ]
 
 
+class Slots(ctypes.Structure):
+    _fields_: ClassVar = [
+        *((name, c_void_p) for name in ("slot_of", "key_of", "states", "touched", "free", "n_free")),
+        ("neurons", c_int64),
+    ]
+
+
 class Failure(ctypes.Structure):
     _fields_: ClassVar = [("code", c_int32), ("offset", c_int64)]
 
@@ -123,6 +130,8 @@ def library() -> ctypes.CDLL | None:
         ),
         "pi2_cpu_ffn": (c_int64, [c_void_p, POINTER(Ffn), *call]),
         "pi2_cpu_slab_ffn": (c_int64, [c_void_p, POINTER(Ffn), c_void_p, c_int64, *chosen, c_void_p]),
+        "pi2_cpu_find_slots": (c_int64, [POINTER(Slots), c_int64, *rows, c_void_p]),
+        "pi2_cpu_seat_slots": (c_int64, [POINTER(Slots), c_int64, *rows, c_void_p]),
         "pi2_cpu_stream_open": (
             c_void_p,
             [c_void_p, POINTER(Ffn), c_void_p, c_int64, c_void_p, c_int64, *how],

@@ -85,6 +85,21 @@ PI2_API int64_t pi2_cpu_ffn(pi2_cpu* cpu, const pi2_ffn* ffn, const float* x, in
 PI2_API int64_t pi2_cpu_slab_ffn(pi2_cpu* cpu, const pi2_ffn* ffn, const float* x, int64_t n,
                                  const int32_t* neurons, const int32_t* slots, int64_t k, float* out);
 
+typedef struct {             /* pi2.slot_tables.SlotTables */
+  int32_t* slot_of;          /* (ffns, neurons) */
+  int64_t* key_of;           /* (slots) */
+  uint8_t *states, *touched; /* (slots) */
+  int32_t* free;             /* (slots), of which n_free[0] are in use */
+  int64_t *n_free, neurons;
+} pi2_slots;
+
+/* pi2.slot_tables.SlotSearch: slots of k neurons, -1 for those without; returns how many these are. */
+PI2_API int64_t pi2_cpu_find_slots(const pi2_slots* tables, int64_t ffn, const int32_t* neurons, int64_t k,
+                                   int32_t* slots);
+/* Gives free slots to those without, as long as there are any; returns how many got one. */
+PI2_API int64_t pi2_cpu_seat_slots(const pi2_slots* tables, int64_t ffn, const int32_t* neurons, int64_t k,
+                                   int32_t* slots);
+
 typedef struct pi2_stream pi2_stream; /* pi2.powers.SupportsStreaming */
 
 typedef struct { /* pi2.powers.FfnPlace */
