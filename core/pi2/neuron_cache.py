@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi2.api import CachePolicy, Keys
-from pi2.powers import SlotState, SupportsExpiry
+from pi2.powers import SlotState, SupportsExpiry, SupportsGuesses
 from pi2.slot_tables import NumpySlots, SlotSearch, SlotTables
 from pi2.tensor import U8, Ids
 
@@ -33,8 +33,8 @@ class NeuronCache:
         search: Callable[[SlotTables], SlotSearch] = NumpySlots,
     ) -> None:  # fmt: skip
         self.neurons = neurons
-        self.policy, self._fresh = policy, copy.deepcopy(policy)
-        self._expiry = policy if isinstance(policy, SupportsExpiry) else None
+        self._fresh = copy.deepcopy(policy)
+        self._follow(policy)
         self._memory = mmap.mmap(-1, max(1, slots * stride), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.slab: U8 = np.frombuffer(self._memory, np.uint8, slots * stride).reshape(slots, stride)
         """(slots, stride), aligned to pages; a slot takes memory once something is in it."""
@@ -52,6 +52,11 @@ class NeuronCache:
         self._by_key, self._key_of = t.slot_of.reshape(-1), t.key_of
         self._pinned = np.zeros(slots, np.bool_)
         self._untold: tuple[int, Ids, Ids, int] | None = None  # of acquire: FFN, neurons, slots, how many new
+
+    def _follow(self, policy: CachePolicy) -> None:
+        self.policy = policy
+        self._expiry = policy if isinstance(policy, SupportsExpiry) else None
+        self._guesses = policy if isinstance(policy, SupportsGuesses) else None
 
     @property
     def resident(self) -> int:
@@ -124,7 +129,11 @@ class NeuronCache:
         self._reserve(ffn, absent, spare)
         seated = self._search.seat(ffn, neurons, slots)
         neurons, slots = neurons[:seated], slots[:seated]
-        self.policy.touch(ffn, self.keys(ffn, neurons))
+        keys = self.keys(ffn, neurons)
+        if self._guesses is None:
+            self.policy.touch(ffn, keys)
+        else:
+            self._guesses.guessed(keys)
         return neurons, slots
 
     def drop(self, slots: Ids) -> None:
@@ -138,8 +147,7 @@ class NeuronCache:
         """Empty the cold region, whatever an interrupted call has left of the tables.  Nothing is LOADING."""
         hot = self.n_hot
         self._untold = None
-        self.policy = copy.deepcopy(self._fresh)
-        self._expiry = self.policy if isinstance(self.policy, SupportsExpiry) else None
+        self._follow(copy.deepcopy(self._fresh))
         self._by_key[:] = -1
         self._by_key[self._key_of[:hot]] = np.arange(hot, dtype=np.int32)
         self._key_of[hot:] = -1

@@ -23,9 +23,8 @@ from pi2.powers import (
     SupportsAsyncRead,
     SupportsOffload,
     SupportsPrior,
-    SupportsSlotSearch,
 )
-from pi2.slot_tables import NumpySlots
+from pi2.slot_tables import NumpySlots, SupportsSlotSearch
 from pi2.tensor import U8, Ids
 
 if TYPE_CHECKING:
