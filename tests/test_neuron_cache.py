@@ -110,6 +110,22 @@ def test_the_least_recently_used_neurons_leave_first():
     assert (cache.slots(0, np.array([1, 3], np.int32)) >= 0).all()
 
 
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=list(POLICIES))
+@given(st.lists(st.floats(0, 1, width=32), min_size=NEURONS, max_size=NEURONS), ids, ids)
+def test_a_cache_that_was_reset_knows_what_it_was_told_at_first(policy, prior, before, after):
+    cache, fresh = (
+        NeuronCache(1, NEURONS, STRIDE, NEURONS, policy.open(), prior=np.array(prior, np.float32))
+        for _ in range(2)
+    )
+    cache.acquire(0, before)
+    cache.reset()
+    for each in (cache, fresh):
+        each.acquire(0, after)
+        each.tell()
+    for n in range(NEURONS + 1):
+        assert np.array_equal(cache.policy.victims(0, n), fresh.policy.victims(0, n))
+
+
 def test_slots_are_aligned_to_pages_and_take_memory_only_when_used():
     before = rss_bytes()
     cache = NeuronCache(1, 1 << 14, 4096, 1 << 14, LruPolicy())

@@ -12,7 +12,6 @@ from typing import Any, Self
 from pi2.api import Backend, CachePolicy, Plugin, Predictor, StorageTier
 from pi2.budget import DEFAULT_CONTEXT, GROUP, Outside
 from pi2.builtin.lfu_policy import LfuPolicy
-from pi2.chat_template import render
 from pi2.config import Settings
 from pi2.container.reader import PiModel, open_model
 from pi2.decoder import Decoder, kv_dtype
@@ -228,10 +227,11 @@ class Engine:
 
         ``messages`` are {"role": ..., "content": ...}.  Raises FormatError if the model has no template.
         """
-        template = self.model.chat_template
+        from pi2.chat_template import render  # with Jinja: 3 MB that only a conversation needs
+
+        arch, template = self.model.architecture, self.model.chat_template
         if template is None:
             raise FormatError("this model has no chat template", hint="use --raw to continue a text")
-        arch = self.model.architecture
         bos = "" if arch.bos_id is None else self.tokenizer.token_text(arch.bos_id)
         eos = self.tokenizer.token_text(arch.eos_ids[0]) if arch.eos_ids else ""
         text = render(template, [dict(m) for m in messages], bos_token=bos, eos_token=eos)

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi2.api import CachePolicy, Keys
-from pi2.powers import SlotState, SupportsExpiry, SupportsGuesses
+from pi2.powers import SlotState, SupportsExpiry, SupportsGuesses, SupportsPrior
 from pi2.slot_tables import NumpySlots, SlotSearch, SlotTables
-from pi2.tensor import U8, Ids
+from pi2.tensor import F32, U8, Ids
 
 _BATCH = 128  # evictions free at least a slot in so many, so that asking the policy is paid back
 
@@ -30,11 +30,12 @@ class NeuronCache:
 
     def __init__(
         self, n_ffns: int, neurons: int, stride: int, slots: int, policy: CachePolicy,
-        search: Callable[[SlotTables], SlotSearch] = NumpySlots,
+        search: Callable[[SlotTables], SlotSearch] = NumpySlots, prior: F32 | None = None,
     ) -> None:  # fmt: skip
+        """``prior`` (n_ffns * neurons,): the share of tokens that each was active in, if that was counted."""
         self.neurons = neurons
-        self._fresh = copy.deepcopy(policy)
-        self._follow(policy)
+        self._fresh, self._prior = copy.deepcopy(policy), prior  # before it is told, it is small
+        self._begin(policy)
         self._memory = mmap.mmap(-1, max(1, slots * stride), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.slab: U8 = np.frombuffer(self._memory, np.uint8, slots * stride).reshape(slots, stride)
         """(slots, stride), aligned to pages; a slot takes memory once something is in it."""
@@ -53,10 +54,12 @@ class NeuronCache:
         self._pinned = np.zeros(slots, np.bool_)
         self._untold: tuple[int, Ids, Ids, int] | None = None  # of acquire: FFN, neurons, slots, how many new
 
-    def _follow(self, policy: CachePolicy) -> None:
+    def _begin(self, policy: CachePolicy) -> None:
         self.policy = policy
         self._expiry = policy if isinstance(policy, SupportsExpiry) else None
         self._guesses = policy if isinstance(policy, SupportsGuesses) else None
+        if self._prior is not None and isinstance(policy, SupportsPrior):
+            policy.expect(np.arange(len(self._prior), dtype=np.int64), self._prior)
 
     @property
     def resident(self) -> int:
@@ -147,7 +150,7 @@ class NeuronCache:
         """Empty the cold region, whatever an interrupted call has left of the tables.  Nothing is LOADING."""
         hot = self.n_hot
         self._untold = None
-        self._follow(copy.deepcopy(self._fresh))
+        self._begin(copy.deepcopy(self._fresh))
         self._by_key[:] = -1
         self._by_key[self._key_of[:hot]] = np.arange(hot, dtype=np.int32)
         self._key_of[hot:] = -1

@@ -22,7 +22,6 @@ from pi2.powers import (
     SlotState,
     SupportsAsyncRead,
     SupportsOffload,
-    SupportsPrior,
 )
 from pi2.slot_tables import NumpySlots, SupportsSlotSearch
 from pi2.tensor import U8, Ids
@@ -115,16 +114,14 @@ def open_ffns(
     every = arch.n_layers * arch.n_neurons
     n_hot = max(0, min(spare, spare * _HOT // 10 if options.hot is None else int(options.hot * every)))
     counted = activations(model, notes)
-    if counted is not None and isinstance(offload.policy, SupportsPrior):
-        shares = counted[0].reshape(-1) / max(1, counted[1])
-        offload.policy.expect(np.arange(every, dtype=np.int64), shares.astype(np.float32))
+    shares = None if counted is None else (counted[0].reshape(-1) / max(1, counted[1])).astype(np.float32)
     if options.keep == "even":
         hot = every_so_many(n_hot, every)
     else:
         hot = np.empty(0, np.int64) if counted is None else hottest(counted[0], n_hot)
     possible = most if options.memory is None else min(slots, most + coming // g.stride)
     search = backend.slot_search if isinstance(backend, SupportsSlotSearch) else NumpySlots
-    cache = NeuronCache(arch.n_layers, arch.n_neurons, g.stride, possible, offload.policy, search)
+    cache = NeuronCache(arch.n_layers, arch.n_neurons, g.stride, possible, offload.policy, search, shares)
     cache.resize(most)
     ffns = OffloadedFfns(model, backend, tier, predictor, cache, options, room, offload.dense)
     if not isinstance(tier, SupportsAsyncRead):

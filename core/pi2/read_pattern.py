@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from random import Random
 
 import numpy as np
 
@@ -23,12 +24,12 @@ def two_phases_pay(tier: StorageTier, place: FfnPlace, neurons: int, stride: int
     Measured on the device: where the number of reads counts, and not their length, one read is cheaper
     (PowerInfer-2 §4.4 found two of 4 KiB faster than one of 8 KiB on UFS).  Raises StorageError.
     """
-    rng = np.random.default_rng(0)
+    rng = Random(0)
     parts = {"head": (0, head), "rest": (head, stride), "whole": (0, stride)}
     best = dict.fromkeys(parts, float("inf"))
     for _ in range(_ROUNDS):
         for name, (first, last) in parts.items():
-            chosen = np.sort(rng.choice(neurons, min(_READS, neurons), replace=False)).astype(np.int32)
+            chosen = np.array(sorted(rng.sample(range(neurons), min(_READS, neurons))), np.int32)
             ranges = bundle_ranges(place, chosen, stride, (first, last))
             into = aligned_bytes(len(chosen) * (last - first))
             start = time.perf_counter()

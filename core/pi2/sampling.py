@@ -19,6 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from random import SystemRandom
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,9 +130,12 @@ class Sampler:
                 )
         self.params = params
         self.seed = new_seed() if params.seed is None else params.seed
-        self._random = np.random.Generator(np.random.PCG64(self.seed))
         self._biased = np.fromiter(params.logit_bias.keys(), np.int64)
         self._bias = np.fromiter(params.logit_bias.values(), np.float64)
+
+    @cached_property
+    def _random(self) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64(self.seed))
 
     def __call__(self, logits: F32, history: Sequence[int]) -> int:
         """The next token after ``history``.  ``logits`` is (vocab,) and is left as it is.
@@ -182,9 +187,7 @@ class Sampler:
 
 def new_seed() -> int:
     """A seed from the system's entropy, to be told to the user, so that a run can be repeated."""
-    entropy = np.random.SeedSequence().entropy
-    assert isinstance(entropy, int)
-    return entropy & 0xFFFFFFFF  # short enough to be typed in again
+    return SystemRandom().getrandbits(32)  # short enough to be typed in again
 
 
 def _ranked(ids: I64, scores: F64) -> I64:

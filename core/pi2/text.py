@@ -6,7 +6,6 @@ token reads depends on its neighbours.  :class:`Stream` gives out only what no l
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -31,8 +30,8 @@ class TextTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         """Control tokens, which are no part of the text unless asked for."""
-        decoder = json.dumps(json.loads(json_text).get("decoder"))
-        self._byte_fallback = '"ByteFallback"' in decoder
+        decoder = self._tokenizer.decoder
+        self._byte_fallback = decoder is not None and b'"ByteFallback"' in decoder.__getstate__()
 
     @property
     def vocab_size(self) -> int:
@@ -92,12 +91,6 @@ class TextTokenizer:
 
 
 def _parse(json_text: str) -> Tokenizer:
-    try:
-        raw: Any = json.loads(json_text)
-    except (ValueError, RecursionError) as e:
-        raise FormatError(f"tokenizer.json is not JSON: {e}") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):
-        raise FormatError("tokenizer.json does not describe a tokenizer")
     tokenizer: Tokenizer = _guarded(lambda: Tokenizer.from_str(json_text), "read tokenizer.json")
     tokenizer.no_padding()
     tokenizer.no_truncation()

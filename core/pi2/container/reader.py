@@ -28,7 +28,8 @@ from pi2.tensor import DTYPES, F32, U8, DType, Ids, Tensor
 
 VERIFY_UP_TO = 1 << 30  # bytes that are checksummed on opening without being asked: about a second
 _PIECE = 32 << 20  # bytes read at once
-_SMALL = {"config.json": 1 << 20, "tokenizer.json": 1 << 28, "chat_template.jinja": 1 << 22}  # max bytes
+_TEMPLATE = "chat_template.jinja"
+_SMALL = {"config.json": 1 << 20, "tokenizer.json": 1 << 28, _TEMPLATE: 1 << 22}  # max bytes
 _HINT = "the model is incomplete or damaged: fetch or convert it again"
 
 
@@ -47,7 +48,7 @@ class PiModel:
         architecture: Architecture,
         tier: StorageTier,
         headers: tuple[Header, Header],
-        texts: tuple[str, str | None],
+        chat_template: str | None,
         verified: bool,
         *,
         views: bool = True,
@@ -55,7 +56,7 @@ class PiModel:
         self.path = path
         self.manifest = manifest
         self.architecture = architecture
-        self.tokenizer_json, self.chat_template = texts
+        self.chat_template = chat_template
         self.verified = verified
         """Whether the checksum of every file was compared, not only sizes and headers."""
         self._tier = tier
@@ -67,6 +68,11 @@ class PiModel:
     @property
     def geometry(self) -> BundleGeometry:
         return self.manifest.geometry
+
+    @property
+    def tokenizer_json(self) -> str:
+        """The tokenizer, read from its file, which may be large.  Raises FormatError if it has changed."""
+        return _text(self.path, self.manifest, "tokenizer.json")
 
     @property
     def nbytes(self) -> int:
@@ -158,9 +164,9 @@ def _open(path: Path, tier: StorageTier, verify: bool | None, views: bool) -> Pi
     _check_sizes(path, manifest)
     total = sum(entry.nbytes for entry in manifest.files.values())
     verified = total <= VERIFY_UP_TO if verify is None else verify
-    config, tokenizer, template = (_small(path, manifest, name) for name in _SMALL)
-    assert config is not None
-    assert tokenizer is not None
+    config = _text(path, manifest, "config.json")
+    _text(path, manifest, "tokenizer.json")  # only checked: it may be large
+    template = _text(path, manifest, _TEMPLATE) if _TEMPLATE in manifest.files else None
     architecture = Architecture.from_dict(parse_json(config.encode(), "config.json"))
     _check_geometry(manifest, architecture)
     neurons = _neurons_header(path, manifest, architecture)  # first: it bounds the number of layers
@@ -168,8 +174,7 @@ def _open(path: Path, tier: StorageTier, verify: bool | None, views: bool) -> Pi
     if verified:
         for name in set(manifest.files) - set(_SMALL):
             _check_sum(path, manifest, name, None if views else tier)
-    texts = (tokenizer, template)
-    return PiModel(path, manifest, architecture, tier, headers, texts, verified, views=views)
+    return PiModel(path, manifest, architecture, tier, headers, template, verified, views=views)
 
 
 def _check_sizes(path: Path, manifest: Manifest) -> None:
@@ -201,10 +206,8 @@ def _digest(tier: StorageTier, path: Path, nbytes: int) -> str:
     return digest.hexdigest()
 
 
-def _small(path: Path, manifest: Manifest, name: str) -> str | None:
-    """A text file of the model, checksummed; None if the manifest does not list it."""
-    if name not in manifest.files:
-        return None
+def _text(path: Path, manifest: Manifest, name: str) -> str:
+    """A text file of the model, checksummed."""
     content = read_member(path, name, _SMALL[name])
     _check_sum(path, manifest, name)
     try:

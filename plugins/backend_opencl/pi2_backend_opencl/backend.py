@@ -1,9 +1,13 @@
-"""The backend ``opencl``: checks its options, picks a device and the kernels that fit it."""
+"""The backend ``opencl``: checks its options, picks a device and the kernels that fit it.
+
+What needs pyopencl is imported when it is used: who computes elsewhere has better use for the memory.
+"""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pi2.accelerator import FfnDone
@@ -13,10 +17,11 @@ from pi2.errors import OptionError, PluginError
 from pi2.kv_cache import Kv, KvDType
 from pi2.tensor import F32, U8, Ids, Tensor
 
-from pi2_backend_opencl import attention, matrix, neurons, plans, trials
 from pi2_backend_opencl.caps import load_profile, resolve
-from pi2_backend_opencl.device import choose_device, device_errors, find_devices
 from pi2_backend_opencl.waiting import DEADLINE_S
+
+if TYPE_CHECKING:
+    from pi2_backend_opencl import attention, matrix, neurons, plans
 
 _ACCELERATOR, _ON_CPU = 200, 5  # a CPU's OpenCL stays below its native kernels, and below NumPy
 _EXACT, _ROUNDED = 1e-5, 0.012
@@ -38,6 +43,8 @@ class OpenclBackend(Backend):
 
     @classmethod
     def probe(cls) -> Probe:
+        from pi2_backend_opencl.device import find_devices
+
         devices = find_devices()
         if not devices:
             return Probe(0, "no OpenCL driver answers, or none has a device")
@@ -54,6 +61,9 @@ class OpenclBackend(Backend):
         cache: str | None = None,
         deadline: float = DEADLINE_S,
     ) -> None:
+        from pi2_backend_opencl import trials
+        from pi2_backend_opencl.device import choose_device
+
         if activations not in ("int8", "f32"):
             raise OptionError(f"activations are int8 or f32, not {activations!r}")
         if not deadline > 0:
@@ -82,15 +92,19 @@ class OpenclBackend(Backend):
         self._device.close()
 
     def place(self, weight: Tensor) -> matrix.Matrix:
-        with device_errors(self._device.name):
+        from pi2_backend_opencl import matrix
+
+        with self._device.errors():
             return matrix.place_matrix(self._device, weight)
 
     def linear(self, weight: matrix.Matrix, x: F32, out: F32, rows: Ids | None = None) -> None:
+        from pi2_backend_opencl import matrix
+
         n = weight.shape.rows if rows is None else len(rows)
         if n == 0 or len(x) == 0:
             return
         device = self._device
-        with device_errors(device.name):
+        with device.errors():
             inputs = matrix.send_inputs(device, x, integers=self._integers)
             y = device.scratch("y", 4 * len(x) * n)
             matrix.multiply(device, weight, inputs, rows, y, n)
@@ -99,47 +113,61 @@ class OpenclBackend(Backend):
         out[:] = result
 
     def place_ffn(self, bundles: U8, spec: FfnSpec) -> neurons.Ffn:
+        from pi2_backend_opencl import neurons
+
         if spec.activation not in neurons.ACTIVATIONS:
             raise PluginError(f"opencl has no kernel for {spec.activation}", hint="use another backend")
-        with device_errors(self._device.name):
+        with self._device.errors():
             return neurons.place_ffn(self._device, bundles, spec)
 
     def prepare_ffn(self, ffn: neurons.Ffn, tokens: int, count: int) -> bool:
         """Records the launches of this shape, which is done at once."""
+        from pi2_backend_opencl import plans
+
         if tokens <= plans.MOST_TOKENS:
-            with suppress(PluginError), device_errors(self._device.name):
+            with suppress(PluginError), self._device.errors():
                 plans.plan_for(self._device, ffn, tokens, count, integers=self._integers)
         return True
 
     def begin_ffn(self, ffn: neurons.Ffn, x: F32, count: int) -> plans.Ticket:
+        from pi2_backend_opencl import plans
+
         device, tokens = self._device, len(x)
-        with device_errors(device.name):
+        with device.errors():
             if tokens > plans.MOST_TOKENS:
                 return plans.ManyTokens(device, ffn, x, count, integers=self._integers)
             return plans.plan_for(device, ffn, tokens, count, integers=self._integers).begin(x)
 
     def finish_ffn(self, ticket: plans.Ticket, out: F32) -> FfnDone:
-        with device_errors(self._device.name):
+        with self._device.errors():
             return ticket.finish(out)
 
     def cancel_ffn(self, ticket: plans.Ticket) -> None:
         ticket.cancel()
 
     def place_attention(self, spec: AttentionSpec) -> attention.Block:
-        with device_errors(self._device.name):
+        from pi2_backend_opencl import attention
+
+        with self._device.errors():
             return attention.place_attention(self._device, spec)
 
     def attention(self, block: attention.Block, x: F32, keys: Kv, values: Kv, start: int, out: F32) -> None:
         """Scores of many tokens on the device, of a single one on the host (pi2.powers.SupportsAttention)."""
-        with device_errors(self._device.name):
-            attention.attention(self._device, block, x, keys, values, start, out, integers=self._integers)
+        from pi2_backend_opencl.attention import attention
+
+        with self._device.errors():
+            attention(self._device, block, x, keys, values, start, out, integers=self._integers)
 
     def release(self, handle: object) -> None:
+        from pi2_backend_opencl import neurons
+
         if isinstance(handle, neurons.Ffn):
             for plan in handle.plans.values():
                 plan.release()
             handle.plans.clear()
 
     def ffn(self, ffn: neurons.Ffn, x: F32, out: F32, rows: Ids | None = None) -> int:
-        with device_errors(self._device.name):
+        from pi2_backend_opencl import neurons
+
+        with self._device.errors():
             return neurons.compute(self._device, ffn, x, out, rows, integers=self._integers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -158,6 +158,10 @@ class Device:
         self._images: dict[int, Any] = {}
         self.nothing = cl.Buffer(self._context, _FLAGS.READ_WRITE, 64)
         """Stands for a buffer that a kernel does not look at."""
+
+    def errors(self) -> AbstractContextManager[None]:
+        """``device_errors`` of this one."""
+        return device_errors(self.name)
 
     def fixed(self, data: NDArray[Any]) -> Any:
         """A read-only buffer with a copy of ``data``, in memory that the device shares if it can."""

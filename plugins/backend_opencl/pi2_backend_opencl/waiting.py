@@ -6,11 +6,11 @@ import ctypes
 from collections.abc import Iterable
 from typing import Any
 
-import pyopencl as cl
 from pi2.errors import PluginError
 from pi2.threads import Deputy
 
 DEADLINE_S = 60.0
+_COMPLETE = 0  # CL_COMPLETE: what has not ended is above it, what failed below
 
 
 class Waiting:
@@ -27,7 +27,7 @@ class Waiting:
         Raises cl.Error if the command failed, PluginError if it does not end in time, and then at once as
         long as it has not ended: what comes after it cannot have begun.
         """
-        runs = event.command_execution_status > cl.command_execution_status.COMPLETE
+        runs = event.command_execution_status > _COMPLETE
         if runs and not self._deputy.wait(event.wait, self._deadline):
             raise PluginError(
                 f"{self._name} hangs: it has not answered for {self._deadline:g} s",

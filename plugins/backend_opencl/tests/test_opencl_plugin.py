@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pi2_backend_opencl
@@ -46,6 +48,13 @@ def test_it_registers_one_backend():
     plugins.add("opencl", pi2_backend_opencl)
     assert plugins.hooks_of("opencl") == ["pi2_backends"]
     assert plugins.of("backends") == {"opencl": OpenclBackend}
+
+
+def test_who_computes_elsewhere_does_not_load_the_driver():
+    program = "import sys, pi2.plugins as p; p.Plugins.installed().pick('backends', 'numpy')"
+    shown = f"{program}; print('pi2_backend_opencl' in sys.modules, 'pyopencl' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", shown], capture_output=True, check=True, text=True)
+    assert done.stdout.split() == ["True", "False"]
 
 
 def test_opencl_on_a_cpu_never_wins_over_native_kernels(found):
