@@ -10,9 +10,8 @@ from pi2.container import open_model
 from pi2.container.layout import NEURONS
 from pi2.container.predictors import PREDICTORS, FfnPredictor, Predictors, model_predictors
 from pi2.container.writer import replace_file
-from pi2.convert import convert
 from pi2.engine import Engine
-from pi2.placement import PlacedModel, place, reading_order, reads, write_placed
+from pi2.placement import place_model, reading_order, reads
 from pi2.statistics_file import STATISTICS, Statistics
 from pi2.tensor import Tensor, encode
 from pi2.testing.models import toy_architecture, write_toy_model
@@ -107,10 +106,7 @@ def test_bundles_statistics_and_predictors_move_together(tmp_path):
     tier = MmapTier.open()
     before = open_model(tmp_path / "model", tier)
     found = Statistics.of_file(before.path / STATISTICS, before.manifest.files[NEURONS].sha256)
-    placement = place(found.counts)
-    source = PlacedModel(before, placement.orders)
-    convert(source, tmp_path / "placed", source.plan(), page=before.geometry.page)
-    write_placed(before, found, tmp_path / "placed", placement.orders)
+    placement = place_model(before, tmp_path / "placed")
     after = open_model(tmp_path / "placed", tier, verify=True)
     sha = after.manifest.files[NEURONS].sha256
     moved = Statistics.of_file(after.path / STATISTICS, sha).counts

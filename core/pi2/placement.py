@@ -8,6 +8,8 @@ another order computes the same sums in another order.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import shlex
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +25,8 @@ from pi2.container.manifest import read_manifest
 from pi2.container.predictors import PREDICTORS, FfnPredictor, Predictors, model_predictors
 from pi2.container.reader import PiModel
 from pi2.container.writer import replace_file
+from pi2.convert import Progress, convert
+from pi2.errors import FormatError
 from pi2.statistics_file import STATISTICS, Statistics
 from pi2.tensor import F32, Tensor
 
@@ -90,7 +94,8 @@ class PlacedModel(ModelSource):
 
     def __init__(self, model: PiModel, orders: list[Order]) -> None:
         self.architecture = model.architecture
-        self.provenance = {**model.manifest.source, "placed": "neurons in the order in which they are read"}
+        digest = hashlib.sha256(np.stack(orders).data).hexdigest()  # a stopped conversion is of one order
+        self.provenance = {**model.manifest.source, "placed": f"neurons in reading order {digest[:12]}"}
         self.notes = model.manifest.notes
         self._model = model
         self._ffns = {
@@ -160,13 +165,26 @@ def placed_predictors(found: Predictors, orders: list[Order], model: str) -> Pre
     return dataclasses.replace(found, model=model, layers=layers)
 
 
-def write_placed(model: PiModel, found: Statistics, destination: Path, orders: list[Order]) -> None:
-    """Bring the statistics and predictors of ``model`` into the placed model at ``destination``.
+def place_model(
+    model: PiModel, destination: Path, progress: Progress | None = None, *, overwrite: bool = False
+) -> Placement:
+    """Write ``model`` to ``destination`` with its neurons in reading order; the weights stay the same.
 
-    Raises FormatError, StorageError.
+    Statistics and predictors go along.  Raises FormatError if the statistics have no sample of active
+    sets, and what ``pi2.convert.convert`` raises.
     """
+    found = Statistics.of_file(model.path / STATISTICS, model.manifest.files[NEURONS].sha256)
+    if found.counts is None or found.counts.sketch.tokens < 2:
+        raise FormatError(
+            f"{model.path}: nothing is known of which neurons fire together",
+            hint=f"count first: pi2 collect {shlex.quote(str(model.path))} TEXT...",
+        )
+    placement = place(found.counts)
+    source = PlacedModel(model, placement.orders)
+    convert(source, destination, source.plan(), progress, overwrite=overwrite, page=model.geometry.page)
     placed = read_manifest(destination).files[NEURONS].sha256
-    replace_file(destination, STATISTICS, placed_statistics(found, orders, placed).save)
+    replace_file(destination, STATISTICS, placed_statistics(found, placement.orders, placed).save)
     if PREDICTORS in model.manifest.files:
         predictors = model_predictors(model.path, model.architecture)
-        replace_file(destination, PREDICTORS, placed_predictors(predictors, orders, placed).save)
+        replace_file(destination, PREDICTORS, placed_predictors(predictors, placement.orders, placed).save)
+    return placement

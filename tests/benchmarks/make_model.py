@@ -1,12 +1,13 @@
 """Makes the 7B-shaped sparse model of the benchmarks, and a GGUF of the same weights for llama.cpp.
 
-PYTHONPATH=tests python tests/benchmarks/make_model.py DIRECTORY [--page 4096] [--no-gguf] [--check]
+PYTHONPATH=tests python tests/benchmarks/make_model.py DIRECTORY [--page 4096] [--no-place] [--check]
 
-Writes DIRECTORY/model (pi2, q4_0, ReLU, with predictor and statistics) and DIRECTORY/model.gguf.  The
-weights are random, yet the model is sparse like a real one: see ``sparse_source.py`` for how, and
-``--check`` for the figures on text that it decodes itself, beside those of the real ReLU model.  llama.cpp
-computes SiLU where pi2 computes ReLU: of the GGUF only the speed means something.  Every dimension and knob
-of ``sparse_source.Shape`` is an option.  Default directory: the user's cache.  A stopped run goes on.
+Writes DIRECTORY/model (pi2, q4_0, ReLU, with predictor and statistics, its neurons in the order that
+``pi2 place`` gives them) and DIRECTORY/model.gguf.  The weights are random, yet the model is sparse like a
+real one: see ``sparse_source.py`` for how, and ``--check`` for the figures on text that it decodes itself,
+beside those of the real ReLU model.  llama.cpp computes SiLU where pi2 computes ReLU: of the GGUF only the
+speed means something.  Every dimension and knob of ``sparse_source.Shape`` is an option.  Default
+directory: the user's cache.  A stopped run goes on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -27,6 +29,7 @@ from pi2.container import FfnPredictor, Predictors, open_model, read_manifest, r
 from pi2.container.layout import NEURONS, QuantPlan
 from pi2.container.predictors import PREDICTORS
 from pi2.convert import convert
+from pi2.placement import place_model
 from pi2.statistics_file import STATISTICS
 from pi2.tensor import BLOCK, Tensor
 from sparse_source import Shape, SparseSource
@@ -44,23 +47,52 @@ def make(
     with_gguf: bool = True,
     margin: float = 0.0,
     collect: int = 0,
+    placed: bool = True,
 ) -> Path:
-    """Make what is not there yet and return the path of the pi2 model."""
+    """Make what is not there yet and return the path of the pi2 model.
+
+    Its neurons are ``placed`` by the statistics of ``collect`` tokens: without any they lie as generated.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     path, source = directory / "model", SparseSource(shape)
-    if not path.exists():
-        convert(source, path, QuantPlan.named("q4_0", embed="q4_0", head="q4_0"), _say, page=page)
-    elif dict(read_manifest(path).source) != dict(source.provenance):
-        raise SystemExit(f"{path} has another shape: remove it or choose another directory")
-    if PREDICTORS not in read_manifest(path).files:
-        replace_file(path, PREDICTORS, predictors(path, source, margin).save)
-    if collect and STATISTICS not in read_manifest(path).files:
-        replace_file(path, STATISTICS, statistics(path, collect).save)
+    found = _provenance(path, source)
+    if placed and collect and not found:
+        _complete(directory / "unplaced", source, page, margin, collect)
+        _place(directory / "unplaced", directory / "placing")
+        (directory / "placing").rename(path)
+    elif "placed" not in found:
+        _complete(path, source, page, margin, collect)
+    shutil.rmtree(directory / "unplaced", ignore_errors=True)
     if with_gguf and not (directory / "model.gguf").exists():
         tier = MmapTier()
         export(open_model(path, tier, verify=False), directory / "model.gguf")
         tier.close()
     return path
+
+
+def _provenance(path: Path, source: SparseSource) -> dict[str, str]:
+    """What the model at ``path`` says of itself, if there is one."""
+    found = dict(read_manifest(path).source) if path.exists() else {}
+    if found and found | {"placed": ""} != dict(source.provenance) | {"placed": ""}:
+        raise SystemExit(f"{path} has another shape: remove it or choose another directory")
+    return found
+
+
+def _complete(path: Path, source: SparseSource, page: int, margin: float, collect: int) -> None:
+    """Make what is not there yet of a model whose neurons lie as generated."""
+    if not _provenance(path, source):
+        convert(source, path, QuantPlan.named("q4_0", embed="q4_0", head="q4_0"), _say, page=page)
+    if PREDICTORS not in read_manifest(path).files:
+        replace_file(path, PREDICTORS, predictors(path, source, margin).save)
+    if collect and STATISTICS not in read_manifest(path).files:
+        replace_file(path, STATISTICS, statistics(path, collect).save)
+
+
+def _place(path: Path, destination: Path) -> None:
+    tier = MmapTier()
+    done = place_model(open_model(path, tier, verify=False), destination, _say, overwrite=True)
+    tier.close()
+    sys.stderr.write(f"\rreads of a layer: {done.reads_before:.1f}, placed {done.reads_after:.1f}\n")
 
 
 def predictors(path: Path, source: SparseSource, margin: float) -> Predictors:
@@ -94,6 +126,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--no-gguf", action="store_true")
     parser.add_argument("--margin", type=float, default=0.3, help="of the predictor, in deviations of a gate")
     parser.add_argument("--collect", type=int, default=1024, help="tokens for the statistics; 0: none")
+    parser.add_argument("--no-place", action="store_true", help="neurons lie as they were generated")
     parser.add_argument("--check", action="store_true")
     for field in dataclasses.fields(Shape):
         kind: Any = type(field.default)
@@ -112,6 +145,7 @@ def main() -> None:
         with_gguf=not options.no_gguf,
         margin=options.margin,
         collect=options.collect,
+        placed=not options.no_place,
     )
     sys.stderr.write(f"\r{path}: {time.perf_counter() - start:.0f} s\n")
     if options.check:

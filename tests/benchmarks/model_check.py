@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pi2.activation_counts import ActivationCounts
 from pi2.activity import gate_values
+from pi2.activity_sketch import ActivitySketch
 from pi2.api import Backend, Predictor
 from pi2.builtin.lowrank_predictor import LowRankPredictor
 from pi2.container.layout import NEURONS
@@ -74,10 +75,13 @@ def statistics(path: Path, tokens: int, sequence: int = 512) -> Statistics:
         engine.decoder.observer = lambda ffn, x: inputs.setdefault(ffn, []).append(x.copy())
         for _ in range(texts):
             engine.session().forward(rng.integers(0, arch.vocab_size, sequence).tolist())
-        for ffn, x in inputs.items():
-            active = gate_values(engine.model, ffn, np.concatenate(x)) > 0
+        text, sets = hashlib.sha256(b"random tokens 2").hexdigest(), []
+        for ffn in range(arch.n_layers):
+            active = gate_values(engine.model, ffn, np.concatenate(inputs.pop(ffn))) > 0
             counts.add(ffn, active.reshape(texts, sequence, arch.n_neurons))
-        counts.finish_group(hashlib.sha256(b"random tokens 2").hexdigest(), texts)
+            sets.append(np.packbits(active, axis=1))
+        counts.sketch = ActivitySketch.of_tokens(text, 0, np.stack(sets), arch.n_neurons)
+        counts.finish_group(text, texts)
     return Statistics(counts)
 
 

@@ -17,6 +17,7 @@ from pi2.builtin.mmap_tier import MmapTier
 from pi2.container import open_model, read_manifest
 from pi2.engine import Engine
 from pi2.formats.gguf_source import GgufFormat
+from pi2.placement import BAND, reads
 from pi2.statistics_file import STATISTICS, Statistics
 from sparse_source import Shape, SparseSource
 
@@ -70,12 +71,32 @@ def test_density_skew_overlap_and_predictor_are_as_asked(tiny):
     assert judged["precision"] > 0.4
 
 
-def test_statistics_name_the_neurons_that_were_made_to_be_active_often(tiny):
-    counts = Statistics.load(tiny / STATISTICS).counts
+@pytest.fixture(scope="module")
+def unplaced(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("unplaced")
+    return make(directory, TINY, page=512, margin=0.3, collect=512, placed=False, with_gguf=False)
+
+
+def test_statistics_name_the_neurons_that_were_made_to_be_active_often(unplaced):
+    counts = Statistics.load(unplaced / STATISTICS).counts
     assert counts.tokens == 512
     found, made = counts.frequency[:, 0], SparseSource(TINY)
     for layer, often in enumerate(found):
         assert np.corrcoef(often, -made.gates(layer).thresholds)[0, 1] > 0.6
+
+
+def test_neurons_that_are_missing_lie_together_in_the_model_that_is_placed(tiny, unplaced):
+    placed, generated = (Statistics.load(path / STATISTICS).counts for path in (tiny, unplaced))
+    assert np.array_equal(np.sort(placed.counts), np.sort(generated.counts))
+    assert placed.sketch.tokens == generated.sketch.tokens == 512
+    for layer, often in enumerate(placed.counts[:, 0]):
+        assert often[:BAND].min() >= often[BAND:].max()
+        before, after = (
+            reads(each.sketch.active(layer), each.counts[layer, 0] >= np.median(often))
+            for each in (generated, placed)
+        )
+        assert after < 0.8 * before
+    assert {p.name for p in tiny.parent.iterdir()} == {"model", "model.gguf"}
 
 
 def test_text_wanders(tiny):
@@ -122,7 +143,7 @@ def test_the_gguf_holds_the_same_values(tmp_path_factory, shape):
 
 
 def test_llama_cpp_computes_the_same_where_the_activation_is_one_that_it_has(tmp_path):
-    path = make(tmp_path, dataclasses.replace(TINY, activation="silu", layers=2))
+    path = make(tmp_path, dataclasses.replace(TINY, activation="silu", layers=2), collect=256)
     ids = np.random.default_rng(0).integers(0, TINY.vocab, 40).tolist()
     with Engine.open(path, backend="numpy") as engine:
         ours = engine.logits(ids)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,6 @@ import typer
 from pi2.cli import options as o
 from pi2.cli.output import human_bytes, print_json, say
 from pi2.cli.progress import progress_bar
-from pi2.errors import FormatError
 
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="Directory to make.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace DST if it is a pi2 model.")]
@@ -28,27 +26,14 @@ def command(
     """
     from pi2.builtin.mmap_tier import MmapTier
     from pi2.container import open_model
-    from pi2.container.layout import NEURONS
-    from pi2.convert import convert
     from pi2.model_choice import find_model
-    from pi2.placement import PlacedModel, place, write_placed
-    from pi2.statistics_file import STATISTICS, Statistics
+    from pi2.placement import place_model
 
     start = time.perf_counter()
     tier = MmapTier.open()
     opened = open_model(find_model(model, o.installed_plugins()), tier)
-    found = Statistics.of_file(opened.path / STATISTICS, opened.manifest.files[NEURONS].sha256)
-    if found.counts is None or found.counts.sketch.tokens < 2:
-        raise FormatError(
-            f"{opened.path}: nothing is known of which neurons fire together",
-            hint=f"count first: pi2 collect {shlex.quote(model)} TEXT...",
-        )
-    say("ordering the neurons")
-    placement = place(found.counts)
-    source = PlacedModel(opened, placement.orders)
     with progress_bar(human_bytes) as progress:
-        convert(source, destination, source.plan(), progress, overwrite=force, page=opened.geometry.page)
-    write_placed(opened, found, destination, placement.orders)
+        placement = place_model(opened, destination, progress, overwrite=force)
     opened.close()
     tier.close()
     if json:
