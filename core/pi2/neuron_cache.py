@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi2.api import CachePolicy, Keys
+from pi2.memory import ask_for_huge_pages
 from pi2.powers import SlotState, SupportsExpiry, SupportsGuesses, SupportsPrior
 from pi2.slot_tables import NumpySlots, SlotSearch, SlotTables
 from pi2.tensor import F32, U8, Ids
@@ -37,6 +38,7 @@ class NeuronCache:
         self._fresh, self._prior = copy.deepcopy(policy), prior  # before it is told, it is small
         self._begin(policy)
         self._memory = mmap.mmap(-1, max(1, slots * stride), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        ask_for_huge_pages(self._memory)
         self.slab: U8 = np.frombuffer(self._memory, np.uint8, slots * stride).reshape(slots, stride)
         """(slots, stride), aligned to pages; a slot takes memory once something is in it."""
         self.states: U8 = np.zeros(slots, np.uint8)
