@@ -22,8 +22,9 @@
 namespace pi2 {
 namespace {
 
-constexpr int64_t kSlot = 16 * 1024;  // bytes of a registered buffer
-constexpr int kFiles = 64;            // registered files; those beyond are read by descriptor
+constexpr int64_t kSlot = 32 * 1024;  // bytes of a registered buffer
+constexpr std::size_t kHugePage = 2 << 20;
+constexpr int kFiles = 64;     // registered files; those beyond are read by descriptor
 constexpr int kShare = 8;      // of what is in flight, one part is waited for while there is more to send
 constexpr int kStart = 8;      // reads after which an idle device begins, while the others are being sent
 constexpr uint64_t kWake = 0;  // user_data of the poll on the event; operations have their address
@@ -176,7 +177,12 @@ class Uring final : public Engine {
 
 // The kernel pins these once instead of at every read; it may refuse, by its limit on locked memory.
 void Uring::enlist_buffers() {
-  arena_.reset(static_cast<uint8_t*>(std::aligned_alloc(kSlot, static_cast<std::size_t>(depth_ * kSlot))));
+  const auto bytes = static_cast<std::size_t>(depth_ * kSlot);
+  const std::size_t room = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  arena_.reset(static_cast<uint8_t*>(std::aligned_alloc(kHugePage, room)));
+#ifdef MADV_HUGEPAGE
+  if (arena_) madvise(arena_.get(), room, MADV_HUGEPAGE);  // a read is then one piece of memory to the device
+#endif
   std::vector<iovec> vectors;
   for (int i = 0; arena_ && i < depth_; ++i) vectors.push_back({arena_.get() + i * kSlot, kSlot});
   if (!arena_ || !ring_.enlist(IORING_REGISTER_BUFFERS, vectors.data(), static_cast<unsigned>(depth_))) {
