@@ -44,7 +44,7 @@ class Model(ctypes.Structure):
 class Options(ctypes.Structure):
     _fields_: ClassVar = [
         *((name, c_int32) for name in ("engine", "depth", "threads", "must_be_direct", "cpu")),
-        *((name, c_int64) for name in ("block", "merge")),
+        *((name, c_int64) for name in ("block", "merge", "gap")),
         ("deadline", c_double),
         ("model", POINTER(Model)),
     ]

@@ -39,7 +39,7 @@ class UfsTier(StorageTier):
     ``engine`` "uring" (one thread submits and reaps), "threads" or "buffered" forces a way to read; the
     default is the first that there is.  ``depth`` reads are in flight, or ``threads`` of a pool read.
     ``block``: least read in bytes, or what the device needs; ``merge``: reads that touch become one of up
-    to so many bytes.
+    to so many bytes; ``gap``: short ones become one if no more than so many bytes lie between them.
     ``deadline``: seconds after which a read counts as lost.  ``throttle``: a flash device to pretend.
     ``cpu``: the core that the reading threads are pinned to.
     """
@@ -59,6 +59,7 @@ class UfsTier(StorageTier):
         threads: int = 4,
         block: int = 512,
         merge: int = 1 << 20,
+        gap: int = 1 << 14,
         deadline: float = 30.0,
         throttle: str | None = None,
         cpu: int | None = None,
@@ -69,6 +70,8 @@ class UfsTier(StorageTier):
         if engine is not None and engine not in native.ENGINES:
             raise OptionError(f"there is no engine {engine!r}", hint=f"one of {', '.join(native.ENGINES)}")
         _check_options(depth, threads, block, merge, deadline)
+        if not 0 <= gap <= 1 << 30:
+            raise OptionError(f"a gap of {gap} bytes cannot be", hint="0 to 1073741824")
         if cpu is not None and cpu not in (ours := os.sched_getaffinity(0)):
             raise OptionError(f"core {cpu} is not ours", hint=f"ours: {', '.join(map(str, sorted(ours)))}")
         self._throttle = throttle
@@ -79,7 +82,7 @@ class UfsTier(StorageTier):
         must_be_direct = engine is not None and engine != "buffered"
         options = native.Options(
             native.ENGINES[self._engine], depth, threads, must_be_direct,
-            -1 if cpu is None else cpu, block, merge, deadline,
+            -1 if cpu is None else cpu, block, merge, gap, deadline,
             ctypes.pointer(device) if device else None,
         )  # fmt: skip
         error = ctypes.c_int32()

@@ -26,6 +26,7 @@ typedef struct {
   int32_t must_be_direct;         /* != 0: a file system that refuses O_DIRECT is an error */
   int32_t cpu;                    /* the core that the reading threads are pinned to; -1: none */
   int64_t block, merge;           /* bytes: least read (power of two), largest merged read */
+  int64_t gap;                    /* bytes that nobody wants, read along between two short reads */
   double deadline;                /* seconds: how long a wait "for ever" is */
   const pi2_ufs_model* model;     /* NULL: as fast as the device is */
 } pi2_ufs_options;

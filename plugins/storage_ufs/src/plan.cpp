@@ -42,7 +42,7 @@ Op renewed(Op op) {
   return op;
 }
 
-std::vector<Op> plan(const File& file, std::vector<pi2_storage_read> reads, int64_t merge,
+std::vector<Op> plan(const File& file, std::vector<pi2_storage_read> reads, int64_t merge, int64_t gap,
                      std::vector<Op> spares) {
   std::stable_sort(reads.begin(), reads.end(),
                    [](const auto& a, const auto& b) { return a.offset < b.offset; });
@@ -52,10 +52,14 @@ std::vector<Op> plan(const File& file, std::vector<pi2_storage_read> reads, int6
   for (pi2_storage_read rest : reads) {
     while (rest.nbytes > 0) {
       const int64_t begin = down(rest.offset, file.block);
-      // a range that was cut may have left us behind where the next one begins
-      const bool joins = open != nullptr && begin >= open->offset && begin <= open->offset + open->length &&
-                         rest.offset < open->offset + merge;
-      if (!joins) {
+      const auto joins = [&] {
+        // a range that was cut may have left us behind where the next one begins
+        if (open == nullptr || begin < open->offset || rest.offset >= open->offset + merge) return false;
+        const int64_t apart = begin - (open->offset + open->length);
+        return apart <= 0 || (apart <= gap && up(rest.offset + rest.nbytes, file.block) - open->offset <=
+                                                  std::min(merge, kShort));
+      };
+      if (!joins()) {
         if (spares.empty()) spares.push_back(std::make_unique<Operation>());
         ops.push_back(std::move(spares.back()));
         spares.pop_back();

@@ -55,9 +55,12 @@ using Op = std::unique_ptr<Operation>;
 // As if it were new, but for the memory of its lists.
 Op renewed(Op op);
 
-// Widens to blocks, joins what touches or overlaps up to `merge` bytes, cuts what is longer.  Empty ranges
+constexpr int64_t kShort = 32 * 1024;  // bytes of a read that may have gaps
+
+// Widens to blocks, joins what touches or overlaps up to `merge` bytes, cuts what is longer; what lies no
+// more than `gap` bytes apart is joined up to `kShort` bytes: a read costs more than they do.  Empty ranges
 // vanish.  `reads` lie inside of the file.  Operations come from `spares` as long as there are some.
-std::vector<Op> plan(const File& file, std::vector<pi2_storage_read> reads, int64_t merge,
+std::vector<Op> plan(const File& file, std::vector<pi2_storage_read> reads, int64_t merge, int64_t gap,
                      std::vector<Op> spares);
 
 }  // namespace pi2

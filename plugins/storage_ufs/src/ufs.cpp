@@ -70,7 +70,7 @@ int64_t submit(void* self, int64_t id, const pi2_storage_read* reads, int64_t n,
   if (file == nullptr) return 0;
   failure->code = refuse(*file, reads, n, &failure->offset);
   if (failure->code != 0) return 0;
-  auto ops = pi2::plan(*file, {reads, reads + n}, ufs->options.merge,
+  auto ops = pi2::plan(*file, {reads, reads + n}, ufs->options.merge, ufs->options.gap,
                        ufs->queue.spares(static_cast<std::size_t>(n)));
   ufs->queue.count_ranges(n, static_cast<int64_t>(ops.size()));
   const bool more = (priority & PI2_STORAGE_MORE) != 0;

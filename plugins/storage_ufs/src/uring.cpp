@@ -22,9 +22,9 @@
 namespace pi2 {
 namespace {
 
-constexpr int64_t kSlot = 32 * 1024;  // bytes of a registered buffer
-constexpr std::size_t kHugePage = 2 << 20;
-constexpr int kFiles = 64;     // registered files; those beyond are read by descriptor
+constexpr int64_t kSlot = kShort;    // bytes of a registered buffer
+constexpr int64_t kArena = 2 << 20;  // of all: a huge page on most systems
+constexpr int kFiles = 64;           // registered files; those beyond are read by descriptor
 constexpr int kShare = 8;      // of what is in flight, one part is waited for while there is more to send
 constexpr int kStart = 8;      // reads after which an idle device begins, while the others are being sent
 constexpr uint64_t kWake = 0;  // user_data of the poll on the event; operations have their address
@@ -170,26 +170,26 @@ class Uring final : public Engine {
   Ring ring_;
   int event_, depth_ = 0, flying_ = 0;
   std::atomic<bool> files_{false}, woken_{false};
-  std::unique_ptr<uint8_t[], FreeAligned> arena_;  // (depth, kSlot)
+  std::unique_ptr<uint8_t[], FreeAligned> arena_;  // (kArena)
   std::vector<int> slots_;                         // free ones
   std::thread thread_;
 };
 
 // The kernel pins these once instead of at every read; it may refuse, by its limit on locked memory.
 void Uring::enlist_buffers() {
-  const auto bytes = static_cast<std::size_t>(depth_ * kSlot);
-  const std::size_t room = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-  arena_.reset(static_cast<uint8_t*>(std::aligned_alloc(kHugePage, room)));
+  arena_.reset(static_cast<uint8_t*>(std::aligned_alloc(kArena, kArena)));
 #ifdef MADV_HUGEPAGE
-  if (arena_) madvise(arena_.get(), room, MADV_HUGEPAGE);  // a read is then one piece of memory to the device
+  if (arena_)
+    madvise(arena_.get(), kArena, MADV_HUGEPAGE);  // to the device, a read is one piece of memory then
 #endif
   std::vector<iovec> vectors;
-  for (int i = 0; arena_ && i < depth_; ++i) vectors.push_back({arena_.get() + i * kSlot, kSlot});
-  if (!arena_ || !ring_.enlist(IORING_REGISTER_BUFFERS, vectors.data(), static_cast<unsigned>(depth_))) {
+  for (int64_t at = 0; arena_ && at < kArena; at += kSlot) vectors.push_back({arena_.get() + at, kSlot});
+  if (!arena_ ||
+      !ring_.enlist(IORING_REGISTER_BUFFERS, vectors.data(), static_cast<unsigned>(vectors.size()))) {
     arena_.reset();
     return;
   }
-  for (int i = 0; i < depth_; ++i) slots_.push_back(i);
+  for (int i = 0; i < static_cast<int>(vectors.size()); ++i) slots_.push_back(i);
 }
 
 void Uring::listen() {

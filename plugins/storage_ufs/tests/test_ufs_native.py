@@ -54,7 +54,7 @@ def wait(tier, ticket, seconds=FOREVER):
 @given(blocks=st.lists(st.integers(0, BLOCKS - 1), unique=True, min_size=1), seed=st.integers(0, 99))
 def test_neighbouring_blocks_are_one_read_into_many_places(engine, content, blocks, seed):
     path, data = content
-    tier = UfsTier.open({"engine": engine})
+    tier = UfsTier.open({"engine": engine, "gap": "0"})
     file = tier.open_file(path)
     slots = aligned(BLOCKS * BLOCK).reshape(BLOCKS, BLOCK)
     order = np.random.default_rng(seed).permutation(BLOCKS)[: len(blocks)]

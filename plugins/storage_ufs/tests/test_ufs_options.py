@@ -37,6 +37,7 @@ def test_its_header_is_the_one_of_core():
         {"block": "256"},
         {"merge": "1000"},
         {"merge": "256"},
+        {"gap": "-1"},
         {"deadline": "0"},
         {"deadline": "nan"},
         {"throttle": "tape"},

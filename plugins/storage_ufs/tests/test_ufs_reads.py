@@ -86,9 +86,11 @@ def test_the_instrument_sees_the_page_cache(path):
     lengths=st.lists(st.integers(0, 300_000), min_size=30, max_size=30),
     merge=st.sampled_from((4096, 65536, 1 << 20)),
     block=st.sampled_from((512, 4096)),
+    gap=st.sampled_from((0, 5000, 100_000)),
 )
-def test_any_ranges_give_the_bytes_of_the_file(engine, path, content, starts, lengths, merge, block):
-    tier = UfsTier.open({"engine": engine, "merge": str(merge), "block": str(block), "depth": "4"})
+def test_any_ranges_give_the_bytes_of_the_file(engine, path, content, starts, lengths, merge, block, gap):
+    options = {"engine": engine, "merge": merge, "block": block, "gap": gap, "depth": 4}
+    tier = UfsTier.open({name: str(value) for name, value in options.items()})
     file = tier.open_file(path)
     ranges = np.array([(at, min(n, SIZE - at)) for at, n in zip(starts, lengths, strict=False)], np.int64)
     into = aligned(max(int(ranges[:, 1].sum()), 1))[: ranges[:, 1].sum()]
@@ -112,10 +114,18 @@ def test_reads_that_touch_or_overlap_become_one(engine, path):
     neighbours = [(at, 4096) for at in (8192, 0, 4096, 100, 12288)]
     counts = counted({"engine": engine}, path, neighbours)
     assert (counts["ranges"], counts["reads"], counts["merged"], counts["bytes"]) == (5, 1, 4, 16384)
-    counts = counted({"engine": engine}, path, [(0, 4096), (8192, 4096)])
+    counts = counted({"engine": engine, "gap": "4095"}, path, [(0, 4096), (8192, 4096)])
     assert (counts["reads"], counts["merged"]) == (2, 0)
     counts = counted({"engine": engine, "merge": "8192"}, path, neighbours)
     assert (counts["reads"], counts["bytes"]) == (2, 16384)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_short_reads_that_are_near_become_one_with_what_lies_between(engine, path):
+    counts = counted({"engine": engine, "gap": "4096"}, path, [(8192, 100), (0, 4096), (16384, 4096)])
+    assert (counts["reads"], counts["merged"], counts["bytes"]) == (2, 1, 8192 + 512 + 4096)
+    counts = counted({"engine": engine, "gap": "65536"}, path, [(at, 4096) for at in (0, 8192, 28672, 65536)])
+    assert (counts["reads"], counts["bytes"]) == (2, 32768 + 4096)  # no longer than 32 KiB
 
 
 def test_a_long_read_is_cut_and_a_short_one_widened_to_the_block(path):

@@ -98,7 +98,7 @@ void refuse(const pi2_storage_abi* abi, int64_t file) {
 }
 
 void run(const std::string& path, int32_t engine, const pi2_ufs_model* model, int count) {
-  const pi2_ufs_options options{engine, 6, 3, 0, -1, 4096, 128 * 1024, 30.0, model};
+  const pi2_ufs_options options{engine, 6, 3, 0, -1, 4096, 128 * 1024, 8192, 30.0, model};
   int32_t error = 0;
   pi2_ufs* ufs = pi2_ufs_open(&options, &error);
   if (ufs == nullptr && engine == PI2_UFS_URING) {
