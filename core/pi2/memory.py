@@ -30,10 +30,9 @@ def parse_bytes(text: str) -> int:
 
 
 def aligned_bytes(nbytes: int) -> U8:
-    """(nbytes,) uint8, not initialised, at a page boundary: direct reads then need no copy."""
-    raw = np.empty(nbytes + mmap.PAGESIZE, np.uint8)
-    start = -raw.ctypes.data % mmap.PAGESIZE
-    return raw[start : start + nbytes]
+    """(nbytes,) uint8, zeros, at a page boundary: direct reads then need no copy."""
+    memory = mmap.mmap(-1, max(1, nbytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, np.uint8, nbytes)
 
 
 def rss_bytes(process: int | None = None) -> int:
