@@ -94,6 +94,19 @@ def test_lfu_names_the_least_of_prior_and_uses_that_fade(tokens, shares, half_li
         here -= set(victims)
 
 
+@given(TRACE, st.lists(st.integers(0, 12), unique=True, max_size=5))
+@settings(deadline=None)
+def test_lfu_counts_a_guess_only_once_it_is_used(batches, guessed):
+    plain, guessing = LfuPolicy(), LfuPolicy()
+    for batch in batches:
+        plain.touch(0, keys(*batch))
+        guessing.guessed(keys(*guessed))
+        guessing.touch(0, keys(*batch))
+    used = set().union(*batches)
+    guessing.evicted(keys(*(set(guessed) - used)))
+    assert guessing.victims(0, 13).tolist() == plain.victims(0, 13).tolist()
+
+
 def test_lfu_goes_on_for_ever_and_with_several_ffns_a_token_is_a_round():
     policy = LfuPolicy(half_life=1)
     for _ in range(200):  # the unit would be 2^200

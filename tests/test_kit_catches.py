@@ -40,6 +40,7 @@ CAUGHT_BY = {
     "ForgetsTheResidualConnection": "attention_is_the_block_of_its_formula",
     "ForgetsTheWindow": "attention_is_the_block_of_its_formula",
     "ForgetsWhatItIsToDoMeanwhile": "something_else_is_done_meanwhile",
+    "ForgetsWhatWasGuessed": "victims_are_always_residents",
     "ForgetsWhoseTheSlotIs": "slots_are_found_and_given_out_as_numpy_does",
     "GivesASlotThatIsNotEmpty": "slots_are_found_and_given_out_as_numpy_does",
     "GivesWritableViews": "a_view_agrees_with_a_read_and_cannot_be_written",

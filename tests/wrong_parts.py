@@ -10,6 +10,7 @@ import time
 import fail_fast  # noqa: F401  (before the kit makes its settings)
 import numpy as np
 from pi2.api import CachePolicy, Predictor, Probe, StorageTier
+from pi2.builtin.lfu_policy import LfuPolicy
 from pi2.builtin.lru_policy import LruPolicy
 from pi2.builtin.mmap_tier import MmapTier
 from pi2.errors import StorageError
@@ -125,6 +126,12 @@ class TestNamesNonResidents(CachePolicyTests):
     class plugin(LruPolicy):  # noqa: N801
         def evicted(self, keys):
             super().evicted(keys[:-1])
+
+
+class TestForgetsWhatWasGuessed(CachePolicyTests):
+    class plugin(LfuPolicy):  # noqa: N801
+        def guessed(self, keys):
+            pass
 
 
 class TestForgetsByBeingAsked(CachePolicyTests):

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi2.api import CachePolicy, Keys
-from pi2.powers import SlotState, SupportsExpiry, SupportsPrior
+from pi2.memory import ask_for_huge_pages
+from pi2.powers import SlotState, SupportsExpiry, SupportsGuesses, SupportsPrior
 from pi2.slot_tables import NumpySlots, SlotSearch, SlotTables
 from pi2.tensor import F32, U8, Ids
 
@@ -37,6 +38,7 @@ class NeuronCache:
         self._fresh, self._prior = copy.deepcopy(policy), prior  # before it is told, it is small
         self._begin(policy)
         self._memory = mmap.mmap(-1, max(1, slots * stride), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        ask_for_huge_pages(self._memory)
         self.slab: U8 = np.frombuffer(self._memory, np.uint8, slots * stride).reshape(slots, stride)
         """(slots, stride), aligned to pages; a slot takes memory once something is in it."""
         self.states: U8 = np.zeros(slots, np.uint8)
@@ -57,6 +59,7 @@ class NeuronCache:
     def _begin(self, policy: CachePolicy) -> None:
         self.policy = policy
         self._expiry = policy if isinstance(policy, SupportsExpiry) else None
+        self._guesses = policy if isinstance(policy, SupportsGuesses) else None
         if self._prior is not None and isinstance(policy, SupportsPrior):
             policy.expect(np.arange(len(self._prior), dtype=np.int64), self._prior)
 
@@ -131,7 +134,11 @@ class NeuronCache:
         self._reserve(ffn, absent, spare)
         seated = self._search.seat(ffn, neurons, slots)
         neurons, slots = neurons[:seated], slots[:seated]
-        self.policy.touch(ffn, self.keys(ffn, neurons))
+        keys = self.keys(ffn, neurons)
+        if self._guesses is None:
+            self.policy.touch(ffn, keys)
+        else:
+            self._guesses.guessed(keys)
         return neurons, slots
 
     def drop(self, slots: Ids) -> None:

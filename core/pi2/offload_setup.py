@@ -22,9 +22,8 @@ from pi2.powers import (
     SlotState,
     SupportsAsyncRead,
     SupportsOffload,
-    SupportsSlotSearch,
 )
-from pi2.slot_tables import NumpySlots
+from pi2.slot_tables import NumpySlots, SupportsSlotSearch
 from pi2.tensor import U8, Ids
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from pi2.api import Backend, FfnSpec, Keys, ModelView, Ranges
 from pi2.attention import AttentionSpec
 from pi2.kv_cache import Kv
-from pi2.slot_tables import SlotSearch, SlotTables
 from pi2.tensor import F32, U8, Ids
 
 
@@ -174,6 +173,15 @@ class SupportsPrior(Protocol):
 
 
 @runtime_checkable
+class SupportsGuesses(Protocol):
+    """Optional power of a cache policy that tells what is used from what was read ahead on a guess."""
+
+    def guessed(self, keys: Keys) -> None:
+        """These were admitted; if they are used, ``touch`` will say so.  Comes in place of ``touch``."""
+        ...
+
+
+@runtime_checkable
 class SupportsOffload(Protocol):
     """Optional power of a predictor that answers None while all weights are resident.
 
@@ -250,15 +258,6 @@ class SupportsStorageAbi(Protocol):
 
     def abi_address(self) -> int:
         """Address of a ``pi2_storage_abi`` (include/pi2_abi.h), valid until the tier is closed."""
-        ...
-
-
-@runtime_checkable
-class SupportsSlotSearch(Protocol):
-    """Optional power of a backend that has a faster ``SlotSearch`` than ``pi2.slot_tables.NumpySlots``."""
-
-    def slot_search(self, tables: SlotTables) -> SlotSearch:
-        """Over these tables, which others also read and change between calls."""
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,15 @@ class SlotSearch(Protocol):
 
         One after the other, as long as there are free ones.  Returns how many got one.
         """
+        ...
+
+
+@runtime_checkable
+class SupportsSlotSearch(Protocol):
+    """Optional power of a backend that has a faster ``SlotSearch`` than ``NumpySlots``."""
+
+    def slot_search(self, tables: SlotTables) -> SlotSearch:
+        """Over these tables, which others also read and change between calls."""
         ...
 
 

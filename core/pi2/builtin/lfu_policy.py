@@ -13,11 +13,11 @@ _RESCALE = 1e12  # the weight of a use at which all scores are brought down agai
 
 
 class LfuPolicy(CachePolicy):
-    """The residents that are used least often leave first; has ``SupportsPrior``.
+    """The residents that are used least often leave first; has ``SupportsPrior`` and ``SupportsGuesses``.
 
     A use counts half after ``half_life`` tokens, a quarter after twice as many; residents or not, so that
     who comes back is known.  How often a neuron was used when that was counted weighs as much as its
-    uses of late.
+    uses of late.  What was read on a guess has not been used yet.
     """
 
     name = "lfu"
@@ -53,6 +53,10 @@ class LfuPolicy(CachePolicy):
         self._scores[at] += np.float32(self._unit)
         self._here[at] = True
 
+    def guessed(self, keys: Keys) -> None:
+        at = self._index(keys)  # makes room
+        self._here[at] = True
+
     def victims(self, ffn: int, n: int) -> Keys:
         here = np.flatnonzero(self._here)
         scores = self._scores[here] + self._prior[here] * np.float32(self._unit)
@@ -64,7 +68,8 @@ class LfuPolicy(CachePolicy):
         return victims
 
     def evicted(self, keys: Keys) -> None:
-        self._here[self._index(keys)] = False
+        at = self._index(keys)  # makes room
+        self._here[at] = False
 
     def _next_token(self) -> None:
         self._unit *= self._growth

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import finalize
@@ -13,6 +12,7 @@ import numpy as np
 
 from pi2.api import Probe, Ranges, StorageTier
 from pi2.errors import StorageError
+from pi2.memory import ask_for_huge_pages
 from pi2.tensor import U8
 
 
@@ -93,7 +93,5 @@ class MmapTier(StorageTier):
 def _map(descriptor: int) -> mmap.mmap:
     """A whole file; in huge pages, where kernel and file system cache files in them (Linux 6.16 on ext4)."""
     mapped = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            mapped.madvise(mmap.MADV_HUGEPAGE)
+    ask_for_huge_pages(mapped)
     return mapped

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 from numpy.typing import NDArray
 
 from pi2.api import CachePolicy, Keys
-from pi2.powers import SupportsPrior
+from pi2.powers import SupportsGuesses, SupportsPrior
 from pi2.testing.plugin import PluginTests, examples
 
 N_FFNS = 3
@@ -60,6 +60,14 @@ class CachePolicyMachine(RuleBasedStateMachine):
         self.policy.touch(ffn, keys)
         self.residents.update(keys.tolist())
         assert np.array_equal(keys, before), "changed its argument"
+
+    @rule(ffn=_ffns, neurons=_neurons)
+    def guess(self, ffn: int, neurons: list[int]) -> None:
+        """Admissions that nobody has used."""
+        if isinstance(self.policy, SupportsGuesses):
+            keys = keys_of(ffn, [n for n in neurons if keys_of(ffn, [n])[0] not in self.residents])
+            self.policy.guessed(keys)
+            self.residents.update(keys.tolist())
 
     @precondition(lambda self: self.residents)
     @rule(ffn=_ffns, n=st.integers(0, 10))

@@ -1,4 +1,4 @@
-"""Conformance tests of ``pi2.powers.SupportsSlotSearch``, an optional power; part of BackendTests."""
+"""Conformance tests of ``pi2.slot_tables.SupportsSlotSearch``, an optional power; part of BackendTests."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from pi2.api import Backend
-from pi2.powers import SupportsSlotSearch
-from pi2.slot_tables import NumpySlots, SlotSearch, SlotTables
+from pi2.slot_tables import NumpySlots, SlotSearch, SlotTables, SupportsSlotSearch
 from pi2.tensor import Ids
 from pi2.testing.plugin import PluginTests, examples
 from pi2.testing.strategies import generators
@@ -51,7 +50,7 @@ class SlotSearchTests(PluginTests):
         """The opened backend, if it has the power."""
         if not isinstance(backend, SupportsSlotSearch):
             pytest.skip(
-                f"{backend.name} searches no tables (an optional power, pi2.powers.SupportsSlotSearch)"
+                f"{backend.name} searches no tables (an optional power, pi2.slot_tables.SupportsSlotSearch)"
             )
         return backend
 

@@ -13,7 +13,7 @@ from pi2_backend_cpu import native
 
 
 class Slots(SlotSearch):
-    """``pi2.powers.SupportsSlotSearch``: holds the tables, whose addresses the library is given."""
+    """``pi2.slot_tables.SupportsSlotSearch``: holds the tables, whose addresses the library is given."""
 
     def __init__(self, lib: ctypes.CDLL, tables: SlotTables) -> None:
         self._lib, self._tables = lib, tables
