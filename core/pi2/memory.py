@@ -48,9 +48,11 @@ def rss_bytes(process: int | None = None) -> int:
     if process is not None:
         statm = Path(f"/proc/{process}/statm")
         return int(statm.read_text().split()[1]) * mmap.PAGESIZE if statm.exists() else 0
-    if _STATM.exists():
-        return int(_STATM.read_text().split()[1]) * mmap.PAGESIZE
-    return rss_peak_bytes()
+    try:
+        with _STATM.open("rb", buffering=0) as file:  # asked after every token
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except FileNotFoundError:
+        return rss_peak_bytes()
 
 
 def rss_peak_bytes() -> int:
