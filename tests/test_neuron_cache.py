@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from pi2.builtin.lru_policy import LruPolicy
-from pi2.memory import give_back_unused, parse_bytes, rss_bytes, rss_peak_bytes
+from pi2.memory import aligned_bytes, give_back_unused, parse_bytes, rss_bytes, rss_peak_bytes
 from pi2.neuron_cache import NeuronCache, hottest
 from pi2.plugins import Plugins
 from pi2.powers import SlotState
@@ -174,3 +174,11 @@ def test_the_peak_of_a_process_does_not_begin_with_that_of_its_parent():
     program = "from pi2.memory import rss_peak_bytes; print(rss_peak_bytes())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert 1 << 20 < int(done.stdout) < block.nbytes
+
+
+@given(st.integers(0, 1 << 16))
+def test_buffers_are_aligned_to_pages(nbytes):
+    buffer = aligned_bytes(nbytes)
+    assert buffer.shape == (nbytes,)
+    assert buffer.ctypes.data % 4096 == 0
+    buffer[:] = 1

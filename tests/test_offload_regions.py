@@ -158,6 +158,33 @@ def test_a_process_above_its_budget_gives_slots_up(monkeypatch):
         assert got.tobytes() == toys.logits(engine, [1], list(range(30))).tobytes()
 
 
+@pytest.mark.skipif("ufs:throttle=ufs40" not in toys.STORAGES, reason="ufs cannot run here")
+@pytest.mark.parametrize("backend", toys.BACKENDS)
+def test_slots_are_not_given_up_while_an_unfinished_token_reads_into_them(monkeypatch, backend):
+    steps, how = list(range(30)), {"storage": "ufs:throttle=ufs40", "slots": toys.NEURONS + 100}
+
+    def interrupt(ffn, x):
+        if ffn == 1 and len(x) == 1:
+            raise KeyboardInterrupt
+
+    with toys.engine("wide", backend=backend, prefetch="on", **how) as engine:
+        ffns = engine.offloaded
+        toys.logits(engine, [1], steps)
+        engine.decoder.observer = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            toys.logits(engine, [1], steps)
+        assert ffns.lookahead.pending
+        ffns.options = OffloadOptions(memory=10**9)
+        monkeypatch.setattr(offload_module, "rss_bytes", lambda: 10**9 + 90 * ffns.cache.slab.shape[1])
+        ffns.take_count()
+        assert ffns.cache.capacity == toys.NEURONS + 10
+        assert not np.any(ffns.cache.states == SlotState.LOADING)
+        engine.decoder.observer = None
+        got = toys.logits(engine, [1], steps)
+    with toys.engine("wide", backend=backend) as engine:
+        assert got.tobytes() == toys.logits(engine, [1], steps).tobytes()
+
+
 def test_what_the_estimate_left_of_the_budget_becomes_slots(monkeypatch):
     with toys.engine("relu", slots=toys.NEURONS + 100) as engine:
         ffns, margin = engine.offloaded, offload_module._MARGIN

@@ -25,8 +25,8 @@ def events(path: Path, **setup):
             session.forward([token])
             spans = engine.offloaded.pipeline.spans()
             calls += [spans[spans["ffn"] == ffn] for ffn in range(engine.model.architecture.n_layers)]
-        hot = np.flatnonzero(np.asarray(engine.offloaded.cache._slot_of[0]) < engine.offloaded.cache.n_hot)
-        held = np.flatnonzero(engine.offloaded.cache._slot_of[0] >= 0)
+        slots = engine.offloaded.cache._tables.slot_of[0]
+        hot, held = np.flatnonzero(slots < engine.offloaded.cache.n_hot), np.flatnonzero(slots >= 0)
         return calls, np.intersect1d(hot, held)
 
 

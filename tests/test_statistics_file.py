@@ -33,10 +33,12 @@ def counts_of(layers=2, tokens=8):
 def test_statistics_survive_the_file_with_every_layer_in_its_place(tmp_path, layers):
     counts = counts_of(layers)
     Statistics(counts).save(tmp_path / "s")
-    found = Statistics.load(tmp_path / "s").counts
-    assert (found.kind, found.texts, found.tokens) == (counts.kind, counts.texts, 16)
-    for name in ("counts", "steps", "repeats", "factors"):
-        assert np.array_equal(getattr(found, name), getattr(counts, name)), name
+    found, bare = (Statistics.load(tmp_path / "s", sample=sample).counts for sample in (True, False))
+    for each in (found, bare):
+        assert (each.kind, each.texts, each.tokens) == (counts.kind, counts.texts, 16)
+        for name in ("counts", "steps", "repeats", "factors"):
+            assert np.array_equal(getattr(each, name), getattr(counts, name)), name
+    assert bare.sketch.tokens == 0
     assert np.array_equal(found.sketch.keys, counts.sketch.keys)
     assert [found.sketch.active(layer).sum() for layer in range(layers)] == [
         16 * min(layer + 1, NEURONS) for layer in range(layers)

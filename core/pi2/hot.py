@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def activations(model: PiModel, notes: list[str]) -> tuple[NDArray[np.int64], int] | None:
     """(layers, neurons): in how many single tokens each was active, and of how many; None if not counted."""
     path = model.path / STATISTICS
-    counts = Statistics.load(path).counts if path.exists() else None
+    counts = Statistics.load(path, sample=False).counts if path.exists() else None
     if counts is None:
         return None
     arch = model.architecture

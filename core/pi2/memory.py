@@ -32,19 +32,17 @@ def parse_bytes(text: str) -> int:
 
 
 def aligned_bytes(nbytes: int) -> U8:
-    """(nbytes,) uint8, not initialised, at a page boundary: direct reads then need no copy.
+    """(nbytes,) uint8, zeros, at a page boundary: direct reads then need no copy.
 
-    Much of it lies in huge pages if the system has them: a device that is told of fewer pieces of memory
-    reads twice as fast (``tests/benchmarks/disk.py``).
+    Large ones lie in huge pages if the system has them: a device that is told of fewer pieces of memory reads
+    twice as fast (``tests/benchmarks/disk.py``).
     """
-    if nbytes < _HUGE:
-        raw = np.empty(nbytes + mmap.PAGESIZE, np.uint8)
-        start = -raw.ctypes.data % mmap.PAGESIZE
-        return raw[start : start + nbytes]
-    memory = mmap.mmap(-1, nbytes + _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    spare = _HUGE if nbytes >= _HUGE else 0
+    memory = mmap.mmap(-1, max(1, nbytes + spare), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     room: U8 = np.frombuffer(memory, np.uint8)
-    start = -room.ctypes.data % _HUGE
-    ask_for_huge_pages(memory, start, nbytes // _HUGE * _HUGE)
+    start = -room.ctypes.data % _HUGE if spare else 0
+    if spare:
+        ask_for_huge_pages(memory, start, nbytes // _HUGE * _HUGE)
     return room[start : start + nbytes]
 
 
@@ -60,9 +58,11 @@ def rss_bytes(process: int | None = None) -> int:
     if process is not None:
         statm = Path(f"/proc/{process}/statm")
         return int(statm.read_text().split()[1]) * mmap.PAGESIZE if statm.exists() else 0
-    if _STATM.exists():
-        return int(_STATM.read_text().split()[1]) * mmap.PAGESIZE
-    return rss_peak_bytes()
+    try:
+        with _STATM.open("rb", buffering=0) as file:  # asked after every token
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except FileNotFoundError:
+        return rss_peak_bytes()
 
 
 def rss_peak_bytes() -> int:

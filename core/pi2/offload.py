@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pi2.container.reader import PiModel
 
 _RECENT = 8  # tokens at the end of a prompt whose neurons the next ones will probably want
+_PRESENT = int(SlotState.PRESENT)  # an enum is slow to compare arrays with
 _MARGIN = 4 << 20  # bytes of the budget that are left for what a token may need
 
 
@@ -56,7 +57,6 @@ class OffloadedFfns:
         self._spec = FfnSpec(model.geometry, arch.activation, arch.up_relu)
         self._last = arch.n_layers - 1
         self._all = np.arange(arch.n_neurons, dtype=np.int32)
-        self._named = np.zeros(arch.n_neurons, np.bool_)
         self.places = [model.ffn_place(ffn) for ffn in range(arch.n_layers)]
         ranges = dense_ranges(model.geometry, arch.n_neurons)
         self.reader = DenseReader(tier, self.places, ranges, model.geometry.stride)
@@ -157,9 +157,8 @@ class OffloadedFfns:
         self._settle()
         if self.lookahead.pending:
             guessed = self.lookahead.pending[1]
-            self._named[neurons] = True
-            useful = int(np.count_nonzero(self._named[guessed]))
-            self._named[neurons] = False
+            at = neurons.searchsorted(guessed)
+            useful = int(np.count_nonzero(neurons.take(at, mode="clip") == guessed)) if len(neurons) else 0
             self.count.useful += useful
             self.lookahead.learn(len(guessed), useful)
             self.lookahead.pending = None
@@ -172,7 +171,7 @@ class OffloadedFfns:
         if guess is None or len(guess[0]) + len(slots) > self.cache.capacity:
             return
         likely, sure = guess
-        absent = self.cache.slots(ffn + 1, likely) < 0
+        absent = np.flatnonzero(self.cache.slots(ffn + 1, likely) < 0)
         likely = self.lookahead.surest(likely[absent], None if sure is None else sure[absent])
         neurons, where = self.cache.admit(ffn + 1, likely, slots)
         self.lookahead.pending = ffn + 1, neurons
@@ -192,6 +191,8 @@ class OffloadedFfns:
             return
         (ffn, guessed), self._late = self._late, None
         slots = self.cache.slots(ffn, guessed)
+        if (self.cache.states[slots] == _PRESENT).all():  # -1 looks at the last one, whatever that is
+            return
         slots = slots[slots >= 0]
         loading = slots[self.cache.states[slots] == SlotState.LOADING]
         if len(loading):
@@ -254,7 +255,11 @@ class OffloadedFfns:
                 f"the cache holds {self.cache.capacity} neurons, a token wants {taken.wanted}:"
                 " most of them are read again for every token"
             )
+        self._begin()
+        if self.lookahead.pending:  # of a token that was not finished: nothing is read while slots go
+            self._forget_guess()
         self._stay_within_budget()
+        self._inside = False
         return taken
 
     def _note(self, note: str) -> None:
@@ -268,7 +273,6 @@ class OffloadedFfns:
             return
         stride, spare = cache.slab.shape[1], budget - rss_bytes() - self._room.outside()
         if spare < 0:
-            self._inside = True
             least = cache.n_hot + cache.neurons
             slots, planned = max(least, cache.capacity - -(spare // stride)), self._room.slots(1)
             if slots < planned:
@@ -276,7 +280,6 @@ class OffloadedFfns:
             cache.resize(slots)
             if slots == least:
                 self._note("more memory than the budget is in use: the estimate of the minimum was too low")
-            self._inside = False
         elif self._tokens == 1 and self._room.alone:
             cache.resize(cache.capacity + max(0, (spare - _MARGIN) // stride - cache.untouched))
 

@@ -32,5 +32,11 @@ class OffloadCount:
 
     def add(self, count: StreamCount) -> None:
         total = self.stream
-        for name in StreamCount.__slots__:
-            setattr(total, name, getattr(total, name) + getattr(count, name))
+        total.active += count.active
+        total.present += count.present
+        total.reads += count.reads
+        total.bytes_read += count.bytes_read
+        total.wall_s += count.wall_s
+        total.wait_s += count.wait_s
+        total.gate_s += count.gate_s
+        total.up_down_s += count.up_down_s

@@ -21,7 +21,7 @@ class FfnInputs:
 
     def __init__(self, model: ModelView) -> None:
         norms = [_norm(model, layer) for layer in range(model.architecture.n_layers)]
-        self._shifts = [bias for _, bias in norms]
+        self._shifts = [bias for _, bias in norms] if model.architecture.norm_bias else None
         self._scales = [
             np.divide(after, before, out=np.zeros_like(before), where=np.abs(before) > _TINY)
             for (before, _), (after, _) in pairwise(norms)
@@ -29,6 +29,8 @@ class FfnInputs:
 
     def carry(self, ffn: int, x: F32) -> F32:
         """The input (n, d) of FFN ``ffn``, as one of FFN ``ffn + 1``."""
+        if self._shifts is None:
+            return np.ascontiguousarray(x * self._scales[ffn])
         return np.ascontiguousarray((x - self._shifts[ffn]) * self._scales[ffn] + self._shifts[ffn + 1])
 
 

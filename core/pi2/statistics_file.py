@@ -59,8 +59,11 @@ class Statistics:
         path.write_bytes(save({n: np.ascontiguousarray(a) for n, a in tensors.items()}, metadata))
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read back ``save``, treating the file as hostile.  Raises FormatError, OSError."""
+    def load(cls, path: Path, *, sample: bool = True) -> Self:
+        """Read back ``save``, treating the file as hostile.  Raises FormatError, OSError.
+
+        ``sample`` False leaves the sample of active sets out, which takes the most memory.
+        """
         header = read_header(path, _MAX_HEADER)
         try:
             metadata = header.metadata
@@ -70,7 +73,7 @@ class Statistics:
             rest = Header(
                 {n: e for n, e in header.entries.items() if n not in parts}, metadata, header.data_start
             )
-            counts = _load_counts(path, rest) if rest.entries else None
+            counts = _load_counts(path, rest, sample) if rest.entries else None
             thresholds = None
             if parts or "thresholds" in metadata:
                 thresholds = Thresholds.from_file(
@@ -81,14 +84,14 @@ class Statistics:
         return cls(counts, thresholds)
 
     @classmethod
-    def of_file(cls, path: Path, sha256: str) -> Self:
+    def of_file(cls, path: Path, sha256: str, *, sample: bool = True) -> Self:
         """``load``, for the model whose neurons have this checksum; empty if there is no such file.
 
         Raises FormatError, also for statistics of another model.
         """
         if not path.exists():
             return cls()
-        found = cls.load(path)
+        found = cls.load(path, sample=sample)
         for part in (found.counts, found.thresholds):
             if part is not None and part.model != sha256:
                 raise FormatError(f"{path}: the statistics are of another model", hint=MERGE_HINT)
@@ -115,16 +118,17 @@ def _counts_tensors(c: ActivationCounts) -> dict[str, NDArray[Any]]:
     return tensors
 
 
-def _load_counts(path: Path, header: Header) -> ActivationCounts:
+def _load_counts(path: Path, header: Header, sample: bool) -> ActivationCounts:
     counts = _empty_counts(header)
     _check_tensors(header, _expected(counts, header))
-    found = _read(path, header.entries)
+    found = _read(path, {n: e for n, e in header.entries.items() if sample or not n.endswith(".sample")})
     counts.steps[...], counts.repeats[...] = found["steps"], found["repeats"]
     counts.factors[...] = found["factors"]
     for layer, target in enumerate(counts.counts):
         target[...] = found[f"layers.{layer}.counts"]
-    sets = np.stack([found[f"layers.{layer}.sample"] for layer in range(len(counts.counts))])
-    counts.sketch = ActivitySketch(counts.counts.shape[2], found["keys"].copy(), sets)
+    if sample:
+        sets = np.stack([found[f"layers.{layer}.sample"] for layer in range(len(counts.counts))])
+        counts.sketch = ActivitySketch(counts.counts.shape[2], found["keys"].copy(), sets)
     _check_sums(counts)
     counts.sketch.check()
     return counts

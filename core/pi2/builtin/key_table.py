@@ -25,6 +25,7 @@ class KeyTable:
         self._pages = np.full(16, -1, np.int64)  # page -> its first index, for pages below _DIRECT
         self._far: dict[int, int] = {}
         self._page_of: list[int] = []  # page of every _PAGE indices
+        self._straight = 0  # keys below are their own indices
 
     def keys(self, indices: Indices) -> Keys:
         """The keys that have ``indices``, all of which are in use."""
@@ -35,6 +36,8 @@ class KeyTable:
         """The index of every key, known before or not."""
         if not len(keys):
             return np.empty(0, np.int64)
+        if keys.view(np.uint64).max() < self._straight:
+            return keys.copy()
         pages = keys // _PAGE
         last = int(pages.max())
         if last >= _DIRECT or int(pages.min()) < 0:
@@ -68,6 +71,8 @@ class KeyTable:
 
     def _new_page(self, page: int) -> int:
         first = self.size
+        if page * _PAGE == first == self._straight:
+            self._straight += _PAGE
         self.size += _PAGE
         self._page_of.append(page)
         return first

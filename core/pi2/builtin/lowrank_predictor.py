@@ -143,7 +143,7 @@ class LowRankPredictor(Predictor):
 
     def _rare_neurons(self, model: ModelView, found: Predictors) -> NDArray[np.bool_]:
         """(FFNs, neurons).  Raises OptionError, FormatError."""
-        counts = Statistics.of_file(model.path / STATISTICS, found.model).counts
+        counts = Statistics.of_file(model.path / STATISTICS, found.model, sample=False).counts
         if counts is None:
             raise OptionError(
                 "which neurons are rare is not known: this model has no statistics",

@@ -158,7 +158,7 @@ class ThresholdPredictor(Predictor):
 def model_thresholds(model: ModelView) -> Thresholds:
     """The thresholds in an opened model.  Raises FormatError, with the command that makes them."""
     sha256 = read_manifest(model.path).files[NEURONS].sha256
-    found = Statistics.of_file(model.path / STATISTICS, sha256).thresholds
+    found = Statistics.of_file(model.path / STATISTICS, sha256, sample=False).thresholds
     if found is None:
         raise FormatError(f"{model.path}: the model has no thresholds", hint=CALIBRATE_HINT)
     shape = model.architecture.n_layers, model.architecture.n_neurons

@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable
 from ctypes import byref
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 from pi2.api import FfnSpec
@@ -79,7 +80,7 @@ class Streaming:
             code = self._lib.pi2_cpu_stream_finish(address, out.ctypes.data, byref(count), byref(failure))
         if code != 0:
             raise StorageError.from_errno(failure.code, path=place.path, offset=failure.offset)
-        return StreamCount(*(getattr(count, name) for name in _COUNTED))
+        return StreamCount(*_counts(count))
 
     def stream_prefetch(self, stream: Stream, place: FfnPlace, neurons: Ids, slots: Ids) -> None:
         failure = native.Failure()
@@ -105,7 +106,7 @@ class Streaming:
             stream.address = None
 
 
-_COUNTED = ("active", "present", "reads", "bytes_read", "wall_s", "wait_s", "gate_s", "up_down_s")
+_counts = attrgetter("active", "present", "reads", "bytes_read", "wall_s", "wait_s", "gate_s", "up_down_s")
 
 
 def _open(stream: Stream) -> int:
