@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import resource
 import sys
 from contextlib import suppress
@@ -59,10 +60,13 @@ def rss_bytes(process: int | None = None) -> int:
         statm = Path(f"/proc/{process}/statm")
         return int(statm.read_text().split()[1]) * mmap.PAGESIZE if statm.exists() else 0
     try:
-        with _STATM.open("rb", buffering=0) as file:  # asked after every token
-            return int(file.read().split()[1]) * mmap.PAGESIZE
+        descriptor = os.open(_STATM, os.O_RDONLY)  # asked after every token: no object that Ctrl-C leaves open
     except FileNotFoundError:
         return rss_peak_bytes()
+    try:
+        return int(os.read(descriptor, 256).split()[1]) * mmap.PAGESIZE
+    finally:
+        os.close(descriptor)
 
 
 def rss_peak_bytes() -> int:
