@@ -60,7 +60,7 @@ def rss_bytes(process: int | None = None) -> int:
         statm = Path(f"/proc/{process}/statm")
         return int(statm.read_text().split()[1]) * mmap.PAGESIZE if statm.exists() else 0
     try:
-        descriptor = os.open(_STATM, os.O_RDONLY)  # asked after every token: no object that Ctrl-C leaves open
+        descriptor = os.open(_STATM, os.O_RDONLY)  # after every token: Ctrl-C leaves no object open
     except FileNotFoundError:
         return rss_peak_bytes()
     try:
