@@ -1,7 +1,5 @@
 """What tells the built-in cache policies apart; what they share is in the conformance kit."""
 
-import copy
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -107,28 +105,6 @@ def test_lfu_counts_a_guess_only_once_it_is_used(batches, guessed):
     used = set().union(*batches)
     guessing.evicted(keys(*(set(guessed) - used)))
     assert guessing.victims(0, 13).tolist() == plain.victims(0, 13).tolist()
-
-
-@given(st.data(), st.integers(1, 20))
-@settings(deadline=None)
-def test_lfu_names_the_same_victims_whether_it_was_asked_before_or_not(data, half_life):
-    """What one ask remembers for the next makes no difference."""
-    asked, spared = LfuPolicy(half_life=half_life), LfuPolicy(half_life=half_life)
-    shares = np.array(data.draw(st.lists(st.floats(0, 1, width=32), min_size=150, max_size=150)), np.float32)
-    some, here = st.sets(st.integers(0, 149), max_size=60), set()
-    for policy in (asked, spared):
-        policy.expect(keys(*range(150)), shares)
-    for used, guessed, n in data.draw(st.lists(st.tuples(some, some, st.integers(0, 6)), max_size=12)):
-        for policy in (asked, spared):
-            policy.touch(0, keys(*used))
-            policy.guessed(keys(*(guessed - used - here)))
-        here |= used | guessed
-        victims = asked.victims(0, n)
-        assert victims.tolist() == copy.deepcopy(spared).victims(0, n).tolist()
-        assert len(victims) == min(n, len(here))
-        for policy in (asked, spared):
-            policy.evicted(victims)
-        here -= set(victims.tolist())
 
 
 def test_lfu_goes_on_for_ever_and_with_several_ffns_a_token_is_a_round():

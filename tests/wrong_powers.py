@@ -128,24 +128,27 @@ class TestSearching(BackendTests):
     plugin = SearchingBackend
 
 
+class Forgetful(NumpySlots):
+    """Leaves one of the tables as it was."""
+
+    table: str
+
+    def seat(self, ffn, neurons, slots):
+        table = getattr(self._tables, self.table)
+        before = table.copy()
+        seated = super().seat(ffn, neurons, slots)
+        table[:] = before
+        return seated
+
+
 class TestForgetsWhoseTheSlotIs(BackendTests):
     class plugin(SearchingBackend):  # noqa: N801
-        class search(NumpySlots):  # noqa: N801
-            def seat(self, ffn, neurons, slots):
-                before = self._tables.key_of.copy()
-                seated = super().seat(ffn, neurons, slots)
-                self._tables.key_of[:] = before
-                return seated
+        search = type("Search", (Forgetful,), {"table": "key_of"})
 
 
 class TestGivesASlotThatIsNotEmpty(BackendTests):
     class plugin(SearchingBackend):  # noqa: N801
-        class search(NumpySlots):  # noqa: N801
-            def seat(self, ffn, neurons, slots):
-                before = self._tables.states.copy()
-                seated = super().seat(ffn, neurons, slots)
-                self._tables.states[:] = before
-                return seated
+        search = type("Search", (Forgetful,), {"table": "states"})
 
 
 class TestFindsTheNeighboursSlot(BackendTests):

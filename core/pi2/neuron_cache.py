@@ -85,7 +85,8 @@ class NeuronCache:
         """Make these neurons the hot region, while nothing is resident; their slots, EMPTY."""
         assert self.resident == 0
         hot = np.arange(len(keys), dtype=np.int32)
-        self._seat(keys, hot)
+        self._by_key[keys], self._key_of[hot] = hot, keys
+        self.states[hot], self._tables.touched[hot] = SlotState.EMPTY, True
         self.n_hot = len(keys)
         self._set_free(np.arange(self.capacity - 1, self.n_hot - 1, -1, dtype=np.int32))
         return hot
@@ -183,12 +184,6 @@ class NeuronCache:
         self._tables.touched[first:] = False
         if start < len(self._memory) and hasattr(mmap, "MADV_DONTNEED"):
             self._memory.madvise(mmap.MADV_DONTNEED, start)
-
-    def _seat(self, keys: Keys, slots: Ids) -> None:
-        self._by_key[keys] = slots
-        self._key_of[slots] = keys
-        self.states[slots] = SlotState.EMPTY
-        self._tables.touched[slots] = True
 
     @property
     def _n_free(self) -> int:

@@ -17,12 +17,7 @@ from pi2.neuron_cache import NeuronCache, hottest
 from pi2.offload import OffloadedFfns
 from pi2.offload_options import OffloadOptions
 from pi2.pipeline import bundle_ranges, read_ranges
-from pi2.powers import (
-    FfnPlace,
-    SlotState,
-    SupportsAsyncRead,
-    SupportsOffload,
-)
+from pi2.powers import FfnPlace, SlotState, SupportsAsyncRead, SupportsOffload
 from pi2.slot_tables import NumpySlots, SupportsSlotSearch
 from pi2.tensor import U8, Ids
 

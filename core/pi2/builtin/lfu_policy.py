@@ -9,7 +9,6 @@ from pi2.builtin.key_table import Indices, KeyTable, grown
 from pi2.errors import OptionError
 from pi2.tensor import F32
 
-_AT_ONCE = 8  # so many times as many victims are looked for as are asked for
 _RESCALE = 1e12  # the weight of a use at which all scores are brought down again
 
 
@@ -34,8 +33,6 @@ class LfuPolicy(CachePolicy):
         self._here = np.zeros(0, np.bool_)
         self._unit = 1.0
         self._last, self._several = -1, False
-        self._bound = 0.0  # see _low
-        self._remember(np.zeros(0, np.int64))
 
     @classmethod
     def probe(cls) -> Probe:
@@ -46,7 +43,6 @@ class LfuPolicy(CachePolicy):
         tokens = 1 / (1 - 1 / self._growth)  # that uses of late come from, weighed by age
         self._prior[at] = shares * tokens
         self._scores[at] = shares * (tokens * self._unit)
-        self._bound = 0.0
 
     def touch(self, ffn: int, keys: Keys) -> None:
         if ffn < self._last or not self._several:
@@ -62,46 +58,14 @@ class LfuPolicy(CachePolicy):
         self._here[at] = True
 
     def victims(self, ffn: int, n: int) -> Keys:
-        here, scores = self._low()
-        if len(here) < n:
-            here, scores = self._look(n)
+        here = np.flatnonzero(self._here)
+        scores = self._scores[here] + self._prior[here] * np.float32(self._unit)
         if 0 < n < len(here):
             least = scores <= np.partition(scores, n - 1)[n - 1]
             here, scores = here[least], scores[least]
         keys = self._table.keys(here)
         victims: Keys = keys[np.lexsort((keys, scores))][:n]
         return victims
-
-    def _look(self, n: int) -> tuple[Indices, F32]:
-        """All residents and their scores; remembers the lowest of them for the next asks."""
-        here = np.flatnonzero(self._here)
-        scores = self._score(here)
-        self._bound = 0.0
-        if _AT_ONCE * n < len(here):
-            self._bound = np.partition(scores, _AT_ONCE * n)[_AT_ONCE * n]
-            self._remember(here[scores < self._bound])
-        return here, scores
-
-    def _low(self) -> tuple[Indices, F32]:
-        """All residents that score less than the bound, and their scores, which never sink.
-
-        So they were below it at the last call, or have come since.
-        """
-        if not self._bound:
-            return self._low_then[:0], self._prior[:0]
-        come = np.flatnonzero(self._here > self._here_then)
-        here = np.concatenate((self._low_then[self._here[self._low_then]], come))
-        scores = self._score(here)
-        low = scores < self._bound
-        self._remember(here[low])
-        return here[low], scores[low]
-
-    def _remember(self, low: Indices) -> None:
-        self._low_then, self._here_then = low, self._here.copy()
-
-    def _score(self, at: Indices) -> F32:
-        scores: F32 = self._scores[at] + self._prior[at] * np.float32(self._unit)
-        return scores
 
     def evicted(self, keys: Keys) -> None:
         at = self._index(keys)  # makes room
@@ -112,12 +76,10 @@ class LfuPolicy(CachePolicy):
         if self._unit > _RESCALE:
             self._scores /= np.float32(self._unit)
             self._unit = 1.0
-            self._bound = 0.0
 
     def _index(self, keys: Keys) -> Indices:
         at = self._table.index(keys)
         if self._table.size > len(self._scores):
             self._scores, self._prior = (grown(a, self._table.size) for a in (self._scores, self._prior))
             self._here = grown(self._here, self._table.size)
-            self._bound = 0.0
         return at

@@ -57,6 +57,7 @@ class S3FifoPolicy(CachePolicy):
         for uses in range(_MOST_USES + 1):  # a use is a second chance: those with fewer first, each in order
             if left > 0:
                 # mypy infers no type for a lambda with a default
+                # mypy infers no type for a lambda with a default
                 found.append(main.first(left, lambda at, uses=uses: self._uses[at] == uses))  # type: ignore[misc]
                 left -= len(found[-1])
         if left > 0:  # all but what was named first

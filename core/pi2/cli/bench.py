@@ -78,6 +78,7 @@ def command(
     bench = Bench(path, [MODES[n] for n in names], work, chosen | _offload(policy, hot, offload), limit)
     for number in range(repeats):
         # mypy infers no type for a lambda with a default
+        # mypy infers no type for a lambda with a default
         bench.repeat(lambda name, n=number: say(f"{n + 1} of {repeats}: {name}"))  # type: ignore[misc]
     report = summary(bench.modes, bench.repeats)
     for note in bench.notes:

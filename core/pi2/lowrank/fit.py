@@ -63,7 +63,7 @@ def fit(
         loss = binary_cross_entropy_with_logits(logits, wanted, weight=torch.where(misses > 0, misses, 1.0))
         optimiser.zero_grad()
         # torch leaves backward() untyped
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
         optimiser.step()
         if (step + 1) % s.judge_every == 0 or step + 1 == s.steps:
             found = Layers(*(w.detach().numpy().copy() for w in weights))

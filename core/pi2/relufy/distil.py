@@ -140,7 +140,7 @@ class Distiller:
         with torch.autocast("cpu", torch.bfloat16, enabled=self._settings.bf16):
             loss, found = self._loss(network, row, rng, weight)
         # torch leaves backward() untyped
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch has no type for it
         with self._lock:
             self._apply(leaves, row, found)
             after()

@@ -13,8 +13,7 @@ namespace pi2 {
 enum SlotState : uint8_t { kEmpty = 0, kLoading = 1, kGate = 2, kPresent = 3 };  // pi2.powers.SlotState
 enum Stage : uint8_t { kGateRead = 0, kGateCompute = 1, kUpDownRead = 2, kUpDownCompute = 3 };
 constexpr uint8_t kStorageThread = 255;
-constexpr int64_t kTicket =
-    16;  // neurons that are waited for together: a ticket costs about as much as a read
+constexpr int64_t kTicket = 16;  // neurons waited for together: a ticket costs about as much as a read
 
 inline double now() {  // the clock of Python's perf_counter
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
